@@ -1,0 +1,20 @@
+"""Fused kernels and a thin training wrapper for adversarial training of transformer language models."""
+
+from alum_kernels.ops.dispatch import BackendUnavailableError
+from alum_kernels.ops.noise_init import noise_init
+from alum_kernels.ops.projected_ascent import projected_ascent
+from alum_kernels.ops.squared_error import squared_error
+from alum_kernels.ops.symmetric_kl import js, kl, symmetric_kl, symmetric_kl_grad
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "js",
+    "kl",
+    "noise_init",
+    "projected_ascent",
+    "squared_error",
+    "symmetric_kl",
+    "symmetric_kl_grad",
+]

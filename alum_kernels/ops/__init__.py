@@ -1,0 +1,1 @@
+"""What an op is: schema, checks, fake, autograd and the public function. How it is computed lives in ``backends``."""
