@@ -1,5 +1,7 @@
 """Fused kernels and a thin training wrapper for adversarial training of transformer language models."""
 
+from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.objectives import AdversarialObjective, AdversarialOutput
 from alum_kernels.ops.dispatch import BackendUnavailableError
 from alum_kernels.ops.noise_init import noise_init
 from alum_kernels.ops.projected_ascent import projected_ascent
@@ -9,6 +11,9 @@ from alum_kernels.ops.symmetric_kl import js, kl, symmetric_kl, symmetric_kl_gra
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdversarialConfig",
+    "AdversarialObjective",
+    "AdversarialOutput",
     "BackendUnavailableError",
     "js",
     "kl",

@@ -1,6 +1,8 @@
 """Which backend serves an op: the one that was asked for, or the fastest measured one that can."""
 
+import functools
 import importlib
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ def unavailable(
     return package.unavailable(op, device, dtype, divergence)
 
 
-@torch.compiler.assume_constant_result
+@functools.cache
 def _choose(op: str, backend: str | None, device: str, dtype: torch.dtype, divergence: str | None) -> str:
     place = torch.device(device)
     if backend is not None:
@@ -44,6 +46,11 @@ def _choose(op: str, backend: str | None, device: str, dtype: torch.dtype, diver
     raise AssertionError("the reference backend serves every call")
 
 
+@torch.compiler.assume_constant_result
+def _chosen(op: str, backend: str | None, device: str, dtype: torch.dtype, divergence: str | None) -> str:
+    return _choose(op, backend, device, dtype, divergence)
+
+
 def choose(op: str, backend: str | None, tensor: Tensor, divergence: str | None = None) -> str:
     """The backend for ``op`` on ``tensor``'s device and dtype.
 
@@ -51,9 +58,10 @@ def choose(op: str, backend: str | None, tensor: Tensor, divergence: str | None 
         ValueError: ``backend`` is no backend's name.
         BackendUnavailableError: ``backend`` cannot serve the call; the message says why.
     """
-    return _choose(op, backend, str(tensor.device), tensor.dtype, divergence)
+    return _chosen(op, backend, str(tensor.device), tensor.dtype, divergence)
 
 
-def implementation(op: str, backend: str):  # noqa: ANN201 - a module, whose functions depend on the op
+@functools.cache
+def implementation(op: str, backend: str) -> ModuleType:
     """The module that computes ``op`` on ``backend``: ``alum_kernels/backends/<backend>/<op>.py``."""
     return importlib.import_module(f"alum_kernels.backends.{backend}.{op}")

@@ -18,7 +18,6 @@ LIBRARY.define(
 )
 
 
-@torch.library.impl(LIBRARY, "noise_init", "CompositeExplicitAutograd")
 def _noise_init(
     embeds: Tensor,
     seed: Tensor,
@@ -38,6 +37,9 @@ def _noise_init(
         embeds, seed, std_per_token, std, mask, perturbed, delta, distribution, stream, sample_offset
     )
     return perturbed, delta
+
+
+LIBRARY.impl("noise_init", _noise_init, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("alum_kernels::noise_init", lib=LIBRARY)

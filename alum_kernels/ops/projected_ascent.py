@@ -27,7 +27,6 @@ LIBRARY.define(
 )
 
 
-@torch.library.impl(LIBRARY, "projected_ascent", "CompositeExplicitAutograd")
 def _projected_ascent(
     embeds: Tensor,
     grad: Tensor,
@@ -78,6 +77,9 @@ def _projected_ascent(
         level,
     )
     return perturbed, new_delta, stats
+
+
+LIBRARY.impl("projected_ascent", _projected_ascent, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("alum_kernels::projected_ascent", lib=LIBRARY)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from alum_kernels.ops import checks
-from alum_kernels.ops.symmetric_kl import REDUCTIONS, row_weight
+from alum_kernels.ops.symmetric_kl import REDUCTIONS, mask_weight, reduce_rows
 
 GRADIENTS = ("full", "detach_clean")
 
@@ -50,10 +50,7 @@ def squared_error(
     dtype = torch.promote_types(adv_logits.dtype, torch.float32)
     clean = logits.detach() if gradient == "detach_clean" else logits
     rows = ((adv_logits.to(dtype) - clean.to(dtype)) ** 2).sum(-1)
-    weight = row_weight(mask, reduction, adv_logits.shape, adv_logits.device)
+    weight = mask_weight(mask, reduction, rows.shape)
     if weight is not None:
-        weight = weight.reshape(rows.shape)
         rows = torch.where(weight != 0, rows, 0)
-    if reduction == "none":
-        return rows
-    return (rows if weight is None else rows * weight).sum()
+    return reduce_rows(rows, weight, reduction)

@@ -43,25 +43,26 @@ def _unit_columns(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-@torch.library.impl(LIBRARY, "symmetric_kl_loss", "CompositeExplicitAutograd")
 def _loss(
     a: Tensor, b: Tensor, row_weight: Tensor | None, divergence: str, inv_temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    rows = a.new_empty(a.shape[:2], dtype=torch.float32)
-    statistics = a.new_empty((*a.shape[:2], ROW_STATISTICS), dtype=torch.float32)
+    rows = torch.empty(a.shape[:2], dtype=torch.float32, device=a.device)
+    statistics = torch.empty((ROW_STATISTICS, *a.shape[:2]), dtype=torch.float32, device=a.device)
     implementation("symmetric_kl", backend).loss(
         _unit_columns(a), _unit_columns(b), row_weight, rows, statistics, divergence, inv_temperature
     )
     return rows, statistics
 
 
+LIBRARY.impl("symmetric_kl_loss", _loss, "CompositeExplicitAutograd")
+
+
 @torch.library.register_fake("alum_kernels::symmetric_kl_loss", lib=LIBRARY)
 def _loss_fake(a, b, row_weight, divergence, inv_temperature, backend):
     rows = a.new_empty(a.shape[:2], dtype=torch.float32)
-    return rows, a.new_empty((*a.shape[:2], ROW_STATISTICS), dtype=torch.float32)
+    return rows, a.new_empty((ROW_STATISTICS, *a.shape[:2]), dtype=torch.float32)
 
 
-@torch.library.impl(LIBRARY, "symmetric_kl_gradient", "CompositeExplicitAutograd")
 def _gradient(
     a: Tensor,
     b: Tensor,
@@ -74,20 +75,23 @@ def _gradient(
     wants_b: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    grad_a = a.new_empty(a.shape if wants_a else (0,))
-    grad_b = b.new_empty(b.shape if wants_b else (0,))
+    grad_a = torch.empty(a.shape if wants_a else (0,), dtype=a.dtype, device=a.device)
+    grad_b = torch.empty(b.shape if wants_b else (0,), dtype=b.dtype, device=b.device)
     implementation("symmetric_kl", backend).gradient(
         _unit_columns(a),
         _unit_columns(b),
         statistics,
         grad_rows,
-        grad_a if wants_a else None,
-        grad_b if wants_b else None,
+        grad_a,
+        grad_b,
         divergence,
         gradient,
         inv_temperature,
     )
     return grad_a, grad_b
+
+
+LIBRARY.impl("symmetric_kl_gradient", _gradient, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("alum_kernels::symmetric_kl_gradient", lib=LIBRARY)
@@ -97,7 +101,6 @@ def _gradient_fake(
     return a.new_empty(a.shape if wants_a else (0,)), b.new_empty(b.shape if wants_b else (0,))
 
 
-@torch.library.impl(LIBRARY, "symmetric_kl_loss_and_gradient", "CompositeExplicitAutograd")
 def _loss_and_gradient(
     a: Tensor,
     b: Tensor,
@@ -108,8 +111,8 @@ def _loss_and_gradient(
     grad_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    rows = a.new_empty(a.shape[:2], dtype=torch.float32)
-    grad_a = a.new_empty(a.shape)
+    rows = torch.empty(a.shape[:2], dtype=torch.float32, device=a.device)
+    grad_a = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     implementation("symmetric_kl", backend).loss_and_gradient(
         _unit_columns(a),
         _unit_columns(b),
@@ -122,6 +125,9 @@ def _loss_and_gradient(
         grad_scale,
     )
     return rows, grad_a
+
+
+LIBRARY.impl("symmetric_kl_loss_and_gradient", _loss_and_gradient, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("alum_kernels::symmetric_kl_loss_and_gradient", lib=LIBRARY)
@@ -208,29 +214,34 @@ def _as_rows(logits: Tensor) -> Tensor:
     return logits if logits.dim() == 3 else logits.reshape(-1, *logits.shape[-2:])
 
 
-def row_weight(mask: Tensor | None, reduction: str, shape: torch.Size, device: torch.device) -> Tensor | None:
-    """(O, I) fp32 weight of each row of (..., V) logits in the reduced loss, or None where every weight is one.
+def mask_weight(mask: Tensor | None, reduction: str, rows: torch.Size) -> Tensor | None:
+    """fp32 weight of each row in the reduced loss: the mask over what the reduction divides by, formed once.
 
     mean = sum over unmasked rows / their number; batchmean = sum / first dimension, masked rows included. An empty
-    count divides by one: the sum is then zero.
+    count divides by one: the sum is then zero. None, without a mask, stands for equal weights of 1 / :func:`count`.
     """
-    rows = (shape[:-1].numel() // max(shape[-2], 1), shape[-2]) if len(shape) > 2 else (1, shape[0])
     if mask is None:
-        if reduction in ("sum", "none"):
-            return None
-        weight = torch.ones((), dtype=torch.float32, device=device)
-        count = shape[:-1].numel() if reduction == "mean" else shape[0]
-        return (weight / max(count, 1)).expand(rows)
-    kept = (mask != 0).reshape(rows).to(torch.float32)
+        return None
+    kept = (mask != 0).to(torch.float32)
     if reduction == "mean":
         return kept / kept.sum().clamp(min=1)
-    return kept / max(shape[0], 1) if reduction == "batchmean" else kept
+    return kept / max(rows[0], 1) if reduction == "batchmean" else kept
 
 
-def _reduce(rows: Tensor, weight: Tensor | None, reduction: str, shape: torch.Size) -> Tensor:
+def count(reduction: str, rows: torch.Size) -> int:
+    """What the sum over unmasked rows of this leading shape is divided by."""
+    if reduction == "mean":
+        return max(rows.numel(), 1)
+    return max(rows[0], 1) if reduction == "batchmean" else 1
+
+
+def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Reduce losses of rows, in the leading shape of the logits."""
     if reduction == "none":
-        return rows.reshape(shape[:-1])
-    return (rows if weight is None else rows * weight).sum()
+        return rows
+    if weight is not None:
+        return (rows * weight).sum()
+    return rows.sum() if reduction == "sum" else rows.sum() / count(reduction, rows.shape)
 
 
 def _divergence(
@@ -244,17 +255,13 @@ def _divergence(
     backend: str | None,
 ) -> Tensor:
     inv_temperature = _check(adv_logits, logits, mask, reduction, gradient, temperature)
-    weight = row_weight(mask, reduction, adv_logits.shape, adv_logits.device)
+    chosen = choose("symmetric_kl", backend, adv_logits, name)
+    weight = mask_weight(mask, reduction, adv_logits.shape[:-1])
+    a, b = _as_rows(adv_logits), _as_rows(logits)
     rows = _RowDivergence.apply(
-        _as_rows(adv_logits),
-        _as_rows(logits),
-        weight,
-        name,
-        gradient,
-        inv_temperature,
-        choose("symmetric_kl", backend, adv_logits, name),
+        a, b, None if weight is None else weight.reshape(a.shape[:2]), name, gradient, inv_temperature, chosen
     )
-    return _reduce(rows, weight, reduction, adv_logits.shape)
+    return reduce_rows(rows.reshape(adv_logits.shape[:-1]), weight, reduction)
 
 
 def symmetric_kl(
@@ -385,16 +392,24 @@ def symmetric_kl_grad(
     inv_temperature = _check(adv_logits, logits, mask, reduction, gradient, temperature)
     checks.check_magnitude("grad_scale", grad_scale)
     chosen = choose("symmetric_kl", backend, adv_logits, divergence)
-    weight = row_weight(mask, reduction, adv_logits.shape, adv_logits.device)
+    weight = mask_weight(mask, reduction, adv_logits.shape[:-1])
     a, b = _as_rows(adv_logits.detach()), _as_rows(logits.detach())
+    if weight is None:
+        row_weight = None
+        if reduction in ("mean", "batchmean"):
+            one = torch.ones((), dtype=torch.float32, device=a.device)
+            row_weight = (one / count(reduction, adv_logits.shape[:-1])).expand(a.shape[:2])
+    else:
+        row_weight = weight.reshape(a.shape[:2])
     if chosen == "reference":
-        rows, _ = reference.loss(a, b, weight, divergence=divergence, inv_temperature=inv_temperature)
-        upstream = torch.full_like(rows, grad_scale) if weight is None else weight * grad_scale
+        rows, _ = reference.loss(a, b, row_weight, divergence=divergence, inv_temperature=inv_temperature)
+        upstream = torch.full_like(rows, grad_scale) if row_weight is None else row_weight * grad_scale
         grad_a, _ = reference.gradient(
             a, b, upstream, divergence=divergence, gradient=gradient, inv_temperature=inv_temperature
         )
     else:
         rows, grad_a = torch.ops.alum_kernels.symmetric_kl_loss_and_gradient(
-            a, b, weight, divergence, gradient, inv_temperature, grad_scale, chosen
+            a, b, row_weight, divergence, gradient, inv_temperature, grad_scale, chosen
         )
-    return _reduce(rows, weight, reduction, adv_logits.shape), grad_a.reshape(adv_logits.shape)
+    loss = reduce_rows(rows.reshape(adv_logits.shape[:-1]), weight, reduction)
+    return loss, grad_a.reshape(adv_logits.shape)

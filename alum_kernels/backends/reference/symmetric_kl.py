@@ -2,22 +2,23 @@
 
 a, b are the adversarial and the clean logits (already divided by the temperature), p = softmax(a), q = softmax(b).
 
-    c = (a - b) at argmax b         d' = (a - b) - c, formed exactly for V <= 64
-    Lambda = log1p(sum_j q_j expm1(d'_j)) while max d' <= 30, else lse(a) - lse(b) - c
-    u = d' - Lambda = log p - log q
+    c = (a - b) at argmax b         d = (a - b) - c, formed exactly (two-sum)
+    Lambda = log1p(sum_j q_j expm1(d_j)) while max a - c - max b <= 30, else lse(a) - lse(b) - c
+    u = d - Lambda = log p - log q
     p - q = q expm1(u) for u <= 0, -p expm1(-u) for u > 0           (never overflows)
 
-    KL(p||q) = sum_j p_j g(-u_j)    KL(q||p) = sum_j q_j g(u_j)     g(x) = expm1(x) - x >= 0
     symmetric_kl  J = sum_j (p_j - q_j) u_j                         every term >= 0
-        dJ/da = (p - q) + p (u - KL(p||q))                          dJ/db = (q - p) - q (u + KL(q||p))
-    kl            KL(q||p)
-        d/da = p - q                                                d/db = -q (u + KL(q||p))
+        dJ/da = (p - q) + p (d - E_p[d])                            dJ/db = (q - p) - q (d - E_q[d])
+    kl            KL(q||p) = sum_j q_j g(u_j)                       g(x) = expm1(x) - x >= 0
+        d/da = p - q                                                d/db = -q (d - E_q[d])
     js            (KL(p||m) + KL(q||m)) / 2 with m = (p + q) / 2, h(x) = x - log1p(x) >= 0
         KL(p||m) = sum_j p_j h((q_j - p_j) / 2 p_j)                 KL(q||m) likewise
         d/da = p (log(p/m) - KL(p||m)) / 2                          d/db = q (log(q/m) - KL(q||m)) / 2
 
-Five numbers a row carry the backward: lse(b), c, Lambda and the two one-sided divergences (against q and p, or
-against m for js). Everything here is differentiable, twice; this file is the oracle of the kernels of the same name.
+(u - KL(p||q) = d - E_p[d] and u + KL(q||p) = d - E_q[d]: in terms of d nothing cancels on confident rows.)
+
+Five numbers a row carry the backward of the kernels: lse(b), c, Lambda, E_p[d] and E_q[d]. Everything here is
+differentiable, twice; this file is the oracle of the kernels of the same name.
 """
 
 import math
@@ -26,11 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-EXACT_COLUMNS = 64
-"""Up to this many classes the difference of the logits is carried exactly (two-sum)."""
-
 NARROW = 30.0
-"""Largest d' for which Lambda comes from expm1; beyond it both log-sum-exps are far apart and may be subtracted."""
+"""Largest max a - c - max b for which Lambda comes from expm1; beyond it the log-sum-exps may be subtracted."""
 
 _SERIES = 0.3
 _DEAD = -1e30
@@ -43,8 +41,8 @@ class RowStatistics(NamedTuple):
     lse_b: Tensor
     c: Tensor
     log_ratio: Tensor
-    divergence_p: Tensor
-    divergence_q: Tensor
+    mean_p: Tensor
+    mean_q: Tensor
 
 
 class _Terms(NamedTuple):
@@ -52,6 +50,7 @@ class _Terms(NamedTuple):
 
     p: Tensor
     q: Tensor
+    d: Tensor
     u: Tensor
     difference: Tensor
     dead: Tensor
@@ -86,27 +85,19 @@ def _series_or(u: Tensor, series: Tensor, closed: Tensor) -> Tensor:
     return torch.where(u.abs() < _SERIES, series, closed)
 
 
-def _terms(a: Tensor, b: Tensor, d: Tensor, lse_b: Tensor, log_ratio: Tensor, dead: Tensor) -> _Terms:
-    u = torch.where(dead, 0, d - log_ratio.unsqueeze(-1))
-    larger = torch.where(dead, 0, torch.exp(b - lse_b.unsqueeze(-1) + torch.where(u > 0, u, 0)))
-    shrink = torch.expm1(torch.where(u > 0, -u, u))
-    smaller = larger * (1 + shrink)
-    p = torch.where(u > 0, larger, smaller)
-    q = torch.where(u > 0, smaller, larger)
-    return _Terms(p, q, u, torch.where(u > 0, -larger * shrink, larger * shrink), dead)
+def _exp_sum(high: Tensor, low: Tensor) -> Tensor:
+    """e^(high + low), with the rounding error of the sum made good (4e-6 at 64 in fp32)."""
+    total = high + low
+    moved = total - high
+    return torch.exp(total) * (1 + ((high - (total - moved)) + (low - moved)))
 
 
-def _centred_difference(a: Tensor, b: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
-    """(c, d') of each row, in units of the temperature-scaled logits."""
-    top = b.argmax(-1, keepdim=True)
-    if a.shape[-1] <= EXACT_COLUMNS:
-        high, low = _two_sum_difference(a, b)
-        c_high, c_low = high.gather(-1, top).detach(), low.gather(-1, top).detach()
-        centred = (high - c_high) + (low - c_low)
-        return (c_high + c_low).squeeze(-1) * inv_temperature, centred * inv_temperature
-    d = (a - b) * inv_temperature
-    c = d.gather(-1, top).detach()
-    return c.squeeze(-1), d - c
+def _weights_below(larger: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w1 = w2 e^d, w2 and w1 - w2 from the larger of the two, whatever the sign and size of d."""
+    up = d > 0
+    fall = torch.where(up, -d, d)
+    smaller, loss = larger * torch.exp(fall), larger * torch.expm1(fall)
+    return torch.where(up, larger, smaller), torch.where(up, smaller, larger), torch.where(up, -loss, loss)
 
 
 def _analyse(a: Tensor, b: Tensor, inv_temperature: float, divergence: str) -> tuple[RowStatistics, _Terms, Tensor]:
@@ -117,33 +108,45 @@ def _analyse(a: Tensor, b: Tensor, inv_temperature: float, divergence: str) -> t
     spoilt = dead | invalid.unsqueeze(-1) | separated.unsqueeze(-1)
     a, b = torch.where(spoilt, _DEAD, a), torch.where(spoilt, _DEAD, b)
 
-    c, d = _centred_difference(a, b, inv_temperature)
-    a, b = a * inv_temperature, b * inv_temperature
-    lse_a, lse_b = torch.logsumexp(a, -1), torch.logsumexp(b, -1)
-    q = torch.exp(b - lse_b.unsqueeze(-1))
-    narrow = torch.log1p((q * torch.expm1(d.clamp(max=NARROW))).sum(-1))
-    log_ratio = torch.where(d.amax(-1) <= NARROW, narrow, lse_a - lse_b - c)
-    terms = _terms(a, b, d, lse_b, log_ratio, dead)
+    # differences of logits, exactly; maxima and c are constants of the row, which the result does not depend on
+    high, low = _two_sum_difference(a, b)
+    top = b.argmax(-1, keepdim=True)
+    c_high, c_low = high.gather(-1, top).detach(), low.gather(-1, top).detach()
+    d = ((high - c_high) + (low - c_low)) * inv_temperature
+    max_a, max_b = a.amax(-1, keepdim=True).detach(), b.amax(-1, keepdim=True).detach()
+    c = ((c_high + c_low) * inv_temperature).squeeze(-1)
+    gap = ((max_a - max_b) * inv_temperature).squeeze(-1) - c
+    weight_a = _exp_sum(*(part * inv_temperature for part in _two_sum_difference(a, max_a)))
+    weight_b = _exp_sum(*(part * inv_temperature for part in _two_sum_difference(b, max_b)))
+    l1, l2 = weight_a.sum(-1), weight_b.sum(-1)
 
-    p, q, u, difference, _ = terms
-    if divergence == "js":
-        of_p = _series_or(u, p * _h(torch.expm1(-u.clamp(min=-1)) / 2), -difference / 2 - p * _log_m_over(u))
-        of_q = _series_or(u, q * _h(torch.expm1(u.clamp(max=1)) / 2), difference / 2 - q * _log_m_over(-u))
-    else:
-        near = u.clamp(-_SERIES, _SERIES)
-        of_p = _series_or(u, p * _g(-near), p * u - difference)
-        of_q = _series_or(u, q * _g(near), difference - q * u)
-    divergence_p, divergence_q = of_p.sum(-1), of_q.sum(-1)
+    lift = torch.exp(gap.clamp(max=NARROW)).unsqueeze(-1)
+    change = _weights_below(torch.where(d > 0, weight_a * lift, weight_b), d)[2].sum(-1) / l2
+    near = (gap <= NARROW) & (change > -0.5)
+    log_ratio = torch.where(near, torch.log1p(torch.where(near, change, 0)), gap + torch.log(l1 / l2))
+    u = torch.where(dead, 0, d - log_ratio.unsqueeze(-1))
+    larger = torch.where(u > 0, weight_a / l1.unsqueeze(-1), weight_b / l2.unsqueeze(-1))
+    p, q, difference = _weights_below(torch.where(dead, 0, larger), u)
 
+    terms = _Terms(p, q, torch.where(dead, 0, d), u, difference, dead)
     if divergence == "symmetric_kl":
         loss = (difference * u).sum(-1)
     elif divergence == "kl":
-        loss = divergence_q
+        loss = _series_or(u, q * _g(u.clamp(-_SERIES, _SERIES)), difference - q * u).sum(-1)
     else:
-        loss = (divergence_p + divergence_q) / 2
+        loss = sum(_divergences_from_middle(terms)) / 2
     loss = torch.where(separated, math.inf, torch.where(invalid, math.nan, loss))
+    lse_b = max_b.squeeze(-1) * inv_temperature + torch.log(l2)
     lse_b = torch.where(separated | invalid, math.nan, lse_b)
-    return RowStatistics(lse_b, c, log_ratio, divergence_p, divergence_q), terms, loss
+    return RowStatistics(lse_b, c, log_ratio, (p * terms.d).sum(-1), (q * terms.d).sum(-1)), terms, loss
+
+
+def _divergences_from_middle(terms: _Terms) -> tuple[Tensor, Tensor]:
+    """KL(p||m) and KL(q||m) of each row, m = (p + q) / 2."""
+    p, q, _, u, difference, _ = terms
+    of_p = _series_or(u, p * _h(torch.expm1(-u.clamp(min=-1)) / 2), -difference / 2 - p * _log_m_over(u))
+    of_q = _series_or(u, q * _h(torch.expm1(u.clamp(max=1)) / 2), difference / 2 - q * _log_m_over(-u))
+    return of_p.sum(-1), of_q.sum(-1)
 
 
 def _log_m_over(u: Tensor) -> Tensor:
@@ -169,20 +172,20 @@ def gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """d loss / d a and d loss / d b, (N, V) each, times ``grad_rows`` (N,); rows of zero upstream are zero."""
     statistics, terms, _ = _analyse(_widen(a), _widen(b), inv_temperature, divergence)
-    p, q, u, difference, dead = terms
+    p, q, d, u, difference, dead = terms
     upstream = grad_rows.unsqueeze(-1) * inv_temperature
-    divergence_p, divergence_q = statistics.divergence_p.unsqueeze(-1), statistics.divergence_q.unsqueeze(-1)
     if divergence == "js":
-        da = p * (-_log_m_over(u) - divergence_p) / 2
-        db = q * (-_log_m_over(-u) - divergence_q) / 2
+        of_p, of_q = _divergences_from_middle(terms)
+        da = p * (-_log_m_over(u) - of_p.unsqueeze(-1)) / 2
+        db = q * (-_log_m_over(-u) - of_q.unsqueeze(-1)) / 2
     elif divergence == "kl":
         da = difference
-        db = torch.zeros_like(q) if gradient == "detach_targets" else -q * (u + divergence_q)
+        db = torch.zeros_like(q) if gradient == "detach_targets" else -q * (d - statistics.mean_q.unsqueeze(-1))
     elif gradient == "detach_targets":
         da, db = difference, -difference
     else:
-        da = difference + p * (u - divergence_p)
-        db = -difference - q * (u + divergence_q)
+        da = difference + p * (d - statistics.mean_p.unsqueeze(-1))
+        db = -difference - q * (d - statistics.mean_q.unsqueeze(-1))
     undefined = torch.isnan(statistics.lse_b).unsqueeze(-1)
 
     def finish(side: Tensor, like: Tensor) -> Tensor:

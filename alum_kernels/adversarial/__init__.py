@@ -1,0 +1,1 @@
+"""What a training step is: perturbation, objectives, telemetry. No kernels here."""

@@ -1,0 +1,289 @@
+"""One adversarial training step around an unchanged model.
+
+    clean pass        the task's loss and logits; each perturbed module's output e is kept
+    ascent, K times   x = e + delta as a leaf; g = d divergence / d x alone, no parameter gradient
+    final pass        e + Pi(delta + step normalise(g)) inside the model, so that e's gradient reaches the embeddings
+    loss              task loss + alpha divergence(final logits, clean logits)
+
+Clean and adversarial branches meet in one loss and one backward. With K = 1, delta_0 is never stored: the ascent draws
+it again from the seed.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.heads import LABEL_KEYS, Head, detect_head
+from alum_kernels.adversarial.hooks import PerturbationHooks, RandomState, dropout_off, perturbed_modules, unwrap
+from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
+from alum_kernels.adversarial.telemetry import Telemetry
+
+FP16_GRAD_SCALE = 2.0**14
+"""Factor on the inner gradient of fp16 logits, taken out again exactly: p - q at 1e-5 would be subnormal in fp16."""
+
+LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
+CleanPass = Callable[[], tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class AdversarialOutput:
+    """What a step's passes gave.
+
+    Attributes:
+        loss: task loss + alpha * divergence, to be differentiated.
+        task_loss: the task's own, detached.
+        divergence: mean over the compared rows, detached.
+        outputs: what the model returned in the clean pass.
+    """
+
+    loss: Tensor
+    task_loss: Tensor
+    divergence: Tensor
+    outputs: Any
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits of the clean pass."""
+        return self.outputs if isinstance(self.outputs, Tensor) else self.outputs["logits"]
+
+
+class AdversarialObjective:
+    """Wraps a model so that one call computes the adversarial training loss; the training loop stays as it is.
+
+    Args:
+        model: a module called as ``model(**batch)``; ``DistributedDataParallel`` around it is seen through.
+        config: the method and its constants.
+        head: ``"classification"``, ``"regression"`` or ``"masked_lm"``; None recognises it from the model's class.
+        loss: ``loss(outputs, batch)`` of the task; None takes ``outputs.loss``, which the model computes from labels.
+
+    Raises:
+        ValueError: no head or no input embeddings are recognised.
+
+    Example:
+        >>> import torch
+        >>> from alum_kernels import AdversarialConfig, AdversarialObjective
+        >>> class Classifier(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embed, self.out = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 3)
+        ...     def forward(self, input_ids):
+        ...         return self.out(self.embed(input_ids).tanh().mean(1))
+        >>> adversarial = AdversarialObjective(
+        ...     Classifier(),
+        ...     AdversarialConfig.alum_finetuning(modules=("embed",)),
+        ...     head="classification",
+        ...     loss=lambda logits, batch: torch.nn.functional.cross_entropy(logits, batch["labels"]),
+        ... )
+        >>> batch = {"input_ids": torch.randint(50, (4, 6)), "labels": torch.randint(3, (4,))}
+        >>> adversarial(**batch).loss.backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AdversarialConfig,
+        *,
+        head: str | None = None,
+        loss: LossFunction | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        inner = unwrap(model)
+        self.head = detect_head(inner) if head is None else Head(head)
+        self.telemetry = Telemetry()
+        self._loss = loss
+        self._hooks = PerturbationHooks(perturbed_modules(inner, config.modules))
+        self._generator: torch.Generator | None = None
+        self._generator_state: Tensor | None = None
+        self._constants = DeviceConstants(config)
+        self._steps = 0
+
+    def __call__(self, **batch: Any) -> AdversarialOutput:
+        """The loss of one batch, with a fresh draw of noise; call ``.loss.backward()`` on the result."""
+        return self.forward(batch)
+
+    def backward(
+        self,
+        batch: Mapping[str, Any],
+        scale: float | Tensor = 1.0,
+        backward: Callable[[Tensor], None] | None = None,
+    ) -> dict[str, Tensor]:
+        """All passes of one batch, backward included; gradients are in ``.grad``, as after ``loss.backward()``.
+
+        Args:
+            batch: arguments of the model, labels included.
+            scale: factor on the loss, such as one over the number of accumulated batches.
+            backward: how to differentiate, such as ``accelerator.backward``; None calls ``Tensor.backward``.
+
+        Returns:
+            Detached device scalars ``loss``, ``task_loss`` and ``divergence``, before ``scale``.
+        """
+        output = self.forward(batch)
+        (backward or Tensor.backward)(output.loss * scale)
+        return {"loss": output.loss.detach(), "task_loss": output.task_loss, "divergence": output.divergence}
+
+    def forward(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        clean_pass: CleanPass | None = None,
+        seed: Tensor | None = None,
+        sample_offset: int = 0,
+    ) -> AdversarialOutput:
+        """The loss of one batch.
+
+        Args:
+            batch: arguments of the model, labels included.
+            clean_pass: a trainer's own way to run the model on the batch, giving (task loss, model output); None runs
+                ``model(**batch)``.
+            seed: one-element int64 tensor, see :meth:`draw_seed`; None draws one. Batches that are accumulated into one
+                optimizer step share a seed and differ in ``sample_offset``; then splitting changes nothing.
+            sample_offset: place of the batch's first sample in the global batch.
+
+        Raises:
+            ValueError: the model gave no loss, or the batch lacks what the head needs.
+            RuntimeError: a perturbed module did not run exactly once in the clean pass.
+        """
+        with dropout_off(self.model) if self.config.dropout == "off" else nullcontext():
+            return self._forward(batch, clean_pass or (lambda: self._run_task(batch)), seed, sample_offset)
+
+    def _forward(
+        self, batch: Mapping[str, Any], clean_pass: CleanPass, seed: Tensor | None, sample_offset: int
+    ) -> AdversarialOutput:
+        config, head = self.config, self.head
+        device = next(unwrap(self.model).parameters()).device
+        random = RandomState(device) if config.dropout == "shared" else None
+        with self._hooks.recording() as embeds:
+            task_loss, outputs = clean_pass()
+        logits = head.logits(outputs)
+        mask = head.row_mask(batch)
+        inputs = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+
+        def perturbed_pass(model: nn.Module, replace: Callable[[int, Tensor], Tensor | None]) -> Tensor:
+            if random is not None:
+                random.restore()
+            with self._hooks.replacing(replace):
+                return head.logits(model(**inputs))
+
+        perturbation = Perturbation(
+            config,
+            self._constants,
+            embeds,
+            batch,
+            self.draw_seed(device) if seed is None else seed,
+            sample_offset,
+        )
+        start: Tensor | None = None
+        for _ in range(config.steps):
+            leaves = perturbation.leaves()
+            with torch.enable_grad():
+                adv_logits = perturbed_pass(unwrap(self.model), lambda index, output, leaves=leaves: leaves[index])
+            total, grads = self._ascent_gradient(adv_logits, logits.detach(), mask, leaves)
+            perturbation.climb(grads)
+            start = total if start is None else start
+
+        self._steps += 1
+        check_signal = config.signal_check_interval > 0 and self._steps % config.signal_check_interval == 0
+        adv_logits = perturbed_pass(
+            self.model, partial(perturbation.final, telemetry=config.telemetry, keep_delta=check_signal)
+        )
+        divergence = head.divergence(
+            adv_logits,
+            logits,
+            mask,
+            divergence=config.divergence,
+            gradient=config.gradient,
+            temperature=config.temperature,
+            backend=config.backend,
+        )
+        if config.telemetry:
+            rows = adv_logits.shape[:-1].numel() if mask is None else mask.sum()
+            climbed = {} if start is None else {"start": start, "end": divergence * rows}
+            steps = torch.ones_like(divergence)
+            self.telemetry.add(divergence=divergence, steps=steps, **climbed, **perturbation.figures())
+        if check_signal:
+            with torch.no_grad():
+                half_logits = perturbed_pass(unwrap(self.model), perturbation.halved)
+            at_full, at_half = (self._divergence_sum(side, logits, mask)[0] for side in (adv_logits, half_logits))
+            self.telemetry.add(signal_full=at_full, signal_half=at_half)
+        return AdversarialOutput(
+            loss=task_loss + config.alpha * divergence,
+            task_loss=task_loss.detach(),
+            divergence=divergence.detach(),
+            outputs=outputs,
+        )
+
+    def draw_seed(self, device: torch.device | None = None) -> Tensor:
+        """The next seed of the noise, a one-element int64 tensor on ``device`` (the model's, if None)."""
+        device = next(unwrap(self.model).parameters()).device if device is None else device
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device).manual_seed(self.config.seed)
+            if self._generator_state is not None:
+                self._generator.set_state(self._generator_state)
+                self._generator_state = None
+        return torch.randint(
+            -(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=self._generator
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs so that the noise goes on where it stopped."""
+        state = self._generator_state if self._generator is None else self._generator.get_state()
+        return {"generator": state, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._steps = state["steps"]
+        self._generator, self._generator_state = None, state["generator"]
+
+    def remove_hooks(self) -> None:
+        """Take the wrapper's hooks off the model; the objective cannot be used afterwards."""
+        self._hooks.remove()
+
+    def _run_task(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        if self._loss is not None:
+            outputs = self.model(**{key: value for key, value in batch.items() if key not in LABEL_KEYS})
+            return self._loss(outputs, batch), outputs
+        outputs = self.model(**batch)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        if loss is None:
+            raise ValueError(
+                "batch: expected 'labels', since the model computed no loss; "
+                f"got {', '.join(batch) or 'an empty batch'}. Pass loss= if the loss is your own"
+            )
+        return loss, outputs
+
+    def _ascent_gradient(
+        self, adv_logits: Tensor, logits: Tensor, mask: Tensor | None, leaves: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The summed inner divergence and its gradient to each leaf; no parameter receives one."""
+        grad_scale = FP16_GRAD_SCALE if adv_logits.dtype == torch.float16 else 1.0
+        total, grad_logits = self._divergence_sum(
+            adv_logits, logits, mask, divergence=self.config.ascent_divergence, grad_scale=grad_scale
+        )
+        grads = torch.autograd.grad(adv_logits, leaves, grad_outputs=grad_logits)
+        return total, [grad if grad_scale == 1.0 else grad.float() / grad_scale for grad in grads]
+
+    def _divergence_sum(
+        self,
+        adv_logits: Tensor,
+        logits: Tensor,
+        mask: Tensor | None,
+        *,
+        divergence: str | None = None,
+        grad_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Sum over the compared rows, by default of the training divergence, and its gradient to ``adv_logits``."""
+        return self.head.divergence_and_gradient(
+            adv_logits,
+            logits,
+            mask,
+            divergence=self.config.divergence if divergence is None else divergence,
+            temperature=self.config.temperature,
+            grad_scale=grad_scale,
+            backend=self.config.backend,
+        )

@@ -1,0 +1,63 @@
+"""Figures of the adversary, summed on the device and read without stopping a step.
+
+Steps add device tensors; only :meth:`Telemetry.read` brings them to the host.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+SIGNAL_RATIO = 2.0
+"""J(delta) / J(delta / 2) is 4 for a smooth divergence and 1 for rounding noise; below this it is mostly noise."""
+
+
+class Telemetry:
+    """Running sums over the steps since the last :meth:`read`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._warned = False
+
+    def add(self, **values: Tensor) -> None:
+        """Add device scalars to the sums of their names."""
+        for name, value in values.items():
+            value = value.detach().to(torch.float32)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def read(self) -> dict[str, float]:
+        """Averages since the last reading; waits for the device once, and starts anew.
+
+        Returns:
+            ``divergence`` (mean over rows, per step), ``ascent_gain`` (divergence at the climbed perturbation over
+            that at the noise it started from), ``delta_rms`` (root mean square of an element of the perturbation),
+            ``clipped`` and ``unrepresentable`` (shares of its elements that the projection changed, and that the dtype
+            of the embeddings lost), ``non_finite`` (gradient elements, a step), ``signal_ratio`` where it was measured.
+        """
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        total = dict(zip(names, torch.stack([self._sums[name] for name in names]).tolist(), strict=True))
+        self._sums = {}
+        figures = {"divergence": total["divergence"] / total["steps"]}
+        if total.get("start", 0.0) > 0:
+            figures["ascent_gain"] = total["end"] / total["start"]
+        if total.get("elements", 0.0) > 0:
+            elements = total["elements"]
+            figures["delta_rms"] = (total["delta_squared"] / elements) ** 0.5
+            figures["clipped"] = total["clipped"] / elements
+            figures["unrepresentable"] = total["unrepresentable"] / elements
+            figures["non_finite"] = total["non_finite"] / total["steps"]
+        if total.get("signal_half", 0.0) > 0:
+            figures["signal_ratio"] = total["signal_full"] / total["signal_half"]
+            self._warn(figures["signal_ratio"])
+        return figures
+
+    def _warn(self, ratio: float) -> None:
+        if ratio < SIGNAL_RATIO and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the divergence falls by {ratio:.2f} when the perturbation is halved, where a signal falls by about 4: "
+                "epsilon lies in the rounding noise of the training precision; raise it or train in fp32",
+                stacklevel=3,
+            )

@@ -1,0 +1,462 @@
+// Divergences between softmaxes on the CPU.
+//
+//   loss                 reads a, b (N, V)                    writes loss (N,), statistics (5, N)
+//   gradient             reads a, b, statistics, grad_rows    writes da, db (N, V)
+//   loss and gradient    reads a, b, row_weight               writes loss (N,), da (N, V)
+//
+// Rows of more than 64 classes: one row at a time, columns in vectors, the row in cache between sweeps. Rows of up to 64
+// classes: a vector of rows at a time, turned through tiles on the stack. Formulas: core/divergence.h,
+// core/exact_row.h.
+#pragma once
+
+#include <type_traits>
+
+#include "core/arguments.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+#include "core/exact_row.h"
+
+ALUM_BEGIN
+
+// Vectors that are summed in fp32 before the sum is carried on in double.
+constexpr int kFold = 64;
+
+// Up to here a row's terms are too few to average the rounding of J = C / L1 - ... out, and J is summed term by term.
+constexpr int64_t kTermwiseColumns = 2048;
+
+// Up to here differences of logits are carried exactly; beyond, their rounding averages out too.
+constexpr int64_t kExactRowColumns = 16384;
+
+// Differences of bf16 and fp16 logits fit in fp32 as they are.
+template <class T>
+constexpr bool kDifferencesAreRounded = std::is_same_v<T, float>;
+
+template <class T>
+struct RowPair {
+  const T *a, *b;
+  int64_t columns;
+
+  // body(v, count, a, b) for every vector of columns; count < kWidth in the last one only, where lanes beyond it are
+  // dead classes.
+  template <class Body>
+  ALUM_INLINE void each_counted(int64_t begin, int64_t end, const Body& body) const {
+    const T *const from_a = a, *const from_b = b;
+    int64_t v = begin;
+    for (; v + kWidth <= end; v += kWidth) {
+      body(v, std::integral_constant<int64_t, kWidth>{}, load(from_a + v), load(from_b + v));
+    }
+    const Vec dead = broadcast<Vec>(-__builtin_inff());
+    if (v < end) body(v, end - v, load_partial(from_a + v, end - v, dead), load_partial(from_b + v, end - v, dead));
+  }
+
+  // body(a, b) likewise.
+  template <class Body>
+  ALUM_INLINE void each(int64_t begin, int64_t end, const Body& body) const {
+    each_counted(begin, end, [&](int64_t, auto, Vec x, Vec y) ALUM_LAMBDA { body(x, y); });
+  }
+};
+
+struct RowExtremes {
+  float max_a, max_b;
+  Exact<float> difference;  // a - b at the largest b
+  bool regular, one_sided;
+};
+
+// Whether a row holds NaN or +inf, and whether a class is -inf on one side only.
+template <class T>
+void inspect_infinities(const RowPair<T>& row, RowExtremes& x) {
+  IntVec irregular{}, one_sided{};
+  row.each(0, row.columns, [&](Vec a, Vec b) ALUM_LAMBDA {
+    irregular |= ~is_regular(a, b);
+    one_sided |= is_one_sided(a, b);
+  });
+  x.regular = !any_lane(irregular) && x.max_b > -__builtin_inff();
+  x.one_sided = any_lane(one_sided);
+}
+
+template <class T>
+RowExtremes row_extremes(const RowPair<T>& row) {
+  const Vec none = broadcast<Vec>(-__builtin_inff());
+  Vec max_a = none, max_b = none, a_at_max = none, finite{};
+  const auto look = [&](Vec a, Vec b) ALUM_LAMBDA {
+    const auto above = b > max_b;
+    a_at_max = above ? a : a_at_max;
+    max_b = larger_of(b, max_b);
+    max_a = larger_of(a, max_a);
+  };
+  const auto look_closely = [&](Vec a, Vec b) ALUM_LAMBDA {
+    look(a, b);
+    finite = a * 0.0f + (b * 0.0f + finite);  // stays zero while nothing is infinite or NaN
+  };
+  const int64_t whole = row.columns / kWidth * kWidth;
+  row.each(0, whole, look_closely);
+  row.each(whole, row.columns, look);  // padded with -inf
+  bool all_finite = !any_lane(finite != Vec{});
+  for (int64_t v = whole; v < row.columns; ++v) {
+    all_finite = all_finite && absolute(widen(row.a[v])) < __builtin_inff() && absolute(widen(row.b[v])) < __builtin_inff();
+  }
+  int best = 0;
+  for (int i = 1; i < kWidth; ++i) best = max_b[i] > max_b[best] ? i : best;
+  RowExtremes x{max_lanes(max_a), max_b[best], exact_difference<float>(a_at_max[best], max_b[best]), true, false};
+  if (!all_finite) inspect_infinities(row, x);
+  return x;
+}
+
+// One vector of classes over the temperature: b - max b in two parts, and d; zero for dead classes. Where few classes
+// share the rounding of a difference it is carried exactly.
+struct Centred {
+  Vec high, low, d;
+};
+
+template <bool kExact>
+ALUM_INLINE Centred centred(Vec a, Vec b, float max_b, float c_high, float c_low, float inv_temperature) {
+  if constexpr (!kExact) {
+    // NaN, the difference of a dead class, becomes a number: its weights are zero
+    const Vec d = (a - b) * inv_temperature - c_high;
+    return {(b - max_b) * inv_temperature, Vec{}, larger_of(d, broadcast<Vec>(-1e30f))};
+  }
+  const auto dead = b == broadcast<Vec>(-__builtin_inff());
+  const Exact<Vec> d = exact_difference(a, b), below = exact_difference(b, broadcast<Vec>(max_b));
+  const Vec value = ((d.high - c_high) + (d.low - c_low)) * inv_temperature;
+  return {below.high * inv_temperature, dead ? Vec{} : below.low * inv_temperature, dead ? Vec{} : value};
+}
+
+template <class Sums, class Totals, class T, class Add>
+ALUM_INLINE void sum_row(const RowPair<T>& row, Totals& totals, const Add& add, void (*fold)(Totals&, const Sums&)) {
+  constexpr int64_t kBlock = static_cast<int64_t>(kFold) * kWidth;
+  for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
+    const int64_t end = begin + kBlock < row.columns ? begin + kBlock : row.columns;
+    Sums sums{};
+    row.each(begin, end, [&](Vec a, Vec b) ALUM_LAMBDA { add(sums, a, b); });
+    fold(totals, sums);
+  }
+}
+
+template <bool kExact, class T>
+RowResult row_result(const RowPair<T>& row, const RowExtremes& x, float inv_temperature) {
+  const double scale = inv_temperature, max_a = x.max_a * scale, max_b = x.max_b * scale;
+  const double exact_c = (static_cast<double>(x.difference.high) + x.difference.low) * scale;
+  const float c = x.difference.high * inv_temperature;  // as the gradient will round it
+  const float c_high = kExact ? x.difference.high : c, c_low = x.difference.low;
+  if (max_a - max_b - exact_c <= kNarrow) {
+    NarrowSums<double> totals;
+    sum_row<NarrowSums<Vec>, NarrowSums<double>>(
+        row, totals,
+        [&](NarrowSums<Vec>& sums, Vec a, Vec b) ALUM_LAMBDA {
+          const Centred y = centred<kExact>(a, b, x.max_b, c_high, c_low, inv_temperature);
+          sums.add(y.high, y.low, y.d);
+        },
+        [](NarrowSums<double>& t, const NarrowSums<Vec>& s) {
+          t.l1 += sum_lanes(s.l1);
+          t.l2 += sum_lanes(s.l2);
+          t.a += sum_lanes(s.a);
+          t.b += sum_lanes(s.b);
+          t.c += sum_lanes(s.c);
+        });
+    return finish(totals, max_b, c);
+  }
+  WideSums<double> totals;
+  sum_row<WideSums<Vec>, WideSums<double>>(
+      row, totals,
+      [&](WideSums<Vec>& sums, Vec a, Vec b) ALUM_LAMBDA {
+        const Centred y = centred<kExact>(a, b, x.max_b, c_high, c_low, inv_temperature);
+        sums.add((a - x.max_a) * inv_temperature, y.high, y.d);
+      },
+      [](WideSums<double>& t, const WideSums<Vec>& s) {
+        t.l1 += sum_lanes(s.l1);
+        t.l2 += sum_lanes(s.l2);
+        t.p += sum_lanes(s.p);
+        t.a += sum_lanes(s.a);
+      });
+  return finish(totals, max_a, max_b, exact_c, c);
+}
+
+// The divergence summed term by term, every term >= 0, with Lambda known. Classes that gained weight are summed on the
+// scale of max a, the others on that of max b.
+template <class T>
+float row_terms(const RowPair<T>& row, const RowExtremes& x, const DivergenceArguments& args, float log_ratio) {
+  struct Sums {
+    Vec up{}, down{}, l1{}, l2{};
+  };
+  struct Totals {
+    double up = 0.0, down = 0.0, l1 = 0.0, l2 = 0.0;
+  } totals;
+  const bool one_sided_kl = args.divergence == Divergence::kKl;
+  sum_row<Sums, Totals>(
+      row, totals,
+      [&](Sums& sums, Vec a, Vec b) ALUM_LAMBDA {
+        const Centred y = centred<true>(a, b, x.max_b, x.difference.high, x.difference.low, args.inv_temperature);
+        const Exact<Vec> above = exact_difference(a, broadcast<Vec>(x.max_a));
+        const Vec weight_a = exp(above.high * args.inv_temperature, above.low * args.inv_temperature);
+        const Vec weight_b = exp(y.high, y.low), u = y.d - log_ratio;
+        const auto up = u > 0.0f;
+        const Weights<Vec> w = weights_below(up ? weight_a : weight_b, u);
+        const Vec term = one_sided_kl ? kl_q_term(w, u) : w.difference * u;
+        sums.up += up ? term : Vec{};
+        sums.down += up ? Vec{} : term;
+        sums.l1 += weight_a;
+        sums.l2 += weight_b;
+      },
+      [](Totals& t, const Sums& s) {
+        t.up += sum_lanes(s.up);
+        t.down += sum_lanes(s.down);
+        t.l1 += sum_lanes(s.l1);
+        t.l2 += sum_lanes(s.l2);
+      });
+  return static_cast<float>(totals.up / totals.l1 + totals.down / totals.l2);
+}
+
+template <class T>
+float analyse_row(const RowPair<T>& row, const DivergenceArguments& args, RowStatistics<float>& stats) {
+  const RowExtremes x = row_extremes(row);
+  if (!x.regular || x.one_sided) {
+    const float nan = __builtin_nanf("");
+    stats = {nan, nan, nan, nan, nan};
+    return x.regular ? __builtin_inff() : nan;
+  }
+  const bool exact = kDifferencesAreRounded<T> && row.columns <= kExactRowColumns;
+  const RowResult result =
+      exact ? row_result<true>(row, x, args.inv_temperature) : row_result<false>(row, x, args.inv_temperature);
+  stats = result.statistics;
+  const bool few = row.columns <= kTermwiseColumns;
+  return few || args.divergence == Divergence::kKl ? row_terms(row, x, args, stats.log_ratio) : result.symmetric_kl;
+}
+
+// Calls run(std::integral_constant<Rule, r>{}) for the rule that the arguments ask for.
+template <class Run>
+ALUM_INLINE void with_rule(const DivergenceArguments& args, const Run& run) {
+  switch (rule_of(args.divergence, args.convention)) {
+    case Rule::kSymmetric:
+      return run(std::integral_constant<Rule, Rule::kSymmetric>{});
+    case Rule::kDifference:
+      return run(std::integral_constant<Rule, Rule::kDifference>{});
+    case Rule::kKl:
+      return run(std::integral_constant<Rule, Rule::kKl>{});
+    case Rule::kKlTarget:
+      return run(std::integral_constant<Rule, Rule::kKlTarget>{});
+  }
+}
+
+template <class T>
+void fill_row(T* to, int64_t columns, float value) {
+  if (to == nullptr) return;
+  for (int64_t v = 0; v < columns; v += kWidth) {
+    store_some(to + v, broadcast<Vec>(value), columns - v < kWidth ? columns - v : kWidth);
+  }
+}
+
+template <Rule kRule, bool kSideA, bool kSideB, class T>
+void write_row_sides(const RowPair<T>& row, const RowStatistics<float>& stats, float inv_temperature, float upstream,
+                     T* grad_a, T* grad_b) {
+  const RowStatistics<Vec> all{broadcast<Vec>(stats.lse_b), broadcast<Vec>(stats.c), broadcast<Vec>(stats.log_ratio),
+                               broadcast<Vec>(stats.mean_p), broadcast<Vec>(stats.mean_q)};
+  const Vec factor = broadcast<Vec>(upstream * inv_temperature);
+  row.each_counted(0, row.columns, [&](int64_t v, auto count, Vec a, Vec b) ALUM_LAMBDA {
+    const Gradients<Vec> g = class_gradient<kRule>(Logits<Vec>{a, b}, all, inv_temperature);
+    if (kSideA) store_some(grad_a + v, g.da * factor, count);
+    if (kSideB) store_some(grad_b + v, g.db * factor, count);
+  });
+}
+
+template <class T>
+void write_row_gradient(const RowPair<T>& row, const DivergenceArguments& args, const RowStatistics<float>& stats,
+                        float upstream, T* grad_a, T* grad_b) {
+  const bool undefined = stats.lse_b != stats.lse_b, silent = upstream == 0.0f;
+  if (undefined || silent) {
+    fill_row(grad_a, row.columns, silent ? 0.0f : __builtin_nanf(""));
+    fill_row(grad_b, row.columns, silent ? 0.0f : __builtin_nanf(""));
+    return;
+  }
+  with_rule(args, [&](auto rule) {
+    constexpr Rule kRule = decltype(rule)::value;
+    if (grad_a != nullptr && grad_b != nullptr) {
+      write_row_sides<kRule, true, true>(row, stats, args.inv_temperature, upstream, grad_a, grad_b);
+    } else if (grad_a != nullptr) {
+      write_row_sides<kRule, true, false>(row, stats, args.inv_temperature, upstream, grad_a, grad_b);
+    } else if (grad_b != nullptr) {
+      write_row_sides<kRule, false, true>(row, stats, args.inv_temperature, upstream, grad_a, grad_b);
+    }
+  });
+}
+
+using LogitTile = Tile<kExactColumns>;
+
+template <class T>
+void read_tile(LogitTile& tile, const LogitRows& rows, int64_t columns, int64_t first, int count) {
+  const T* data = static_cast<const T*>(rows.data);
+  const bool together = rows.strides.inner_step == columns && first + count <= rows.strides.inner;
+  if (together) {
+    tile.read(data + rows.strides.offset(first), count);
+  } else {
+    tile.read_rows<T>([&](int r) { return data + rows.strides.offset(first + r); }, count);
+  }
+}
+
+// The tiles that a thread works through its rows with.
+struct RowTiles {
+  explicit RowTiles(const DivergenceArguments& args)
+      : columns(static_cast<int>(args.columns)),
+        a(columns),
+        b(columns),
+        grad_a(columns),
+        grad_b(columns) {}
+
+  const int columns;
+  LogitTile a, b, grad_a, grad_b;
+
+  Logits<Vec> operator()(int v) const { return {a[v], b[v]}; }
+
+  template <class T>
+  void read(const DivergenceArguments& args, int64_t first, int count) {
+    read_tile<T>(a, args.a, columns, first, count);
+    read_tile<T>(b, args.b, columns, first, count);
+  }
+};
+
+// Statistics lie field by field, (5, N): a vector of rows is read and written as it is computed.
+ALUM_INLINE void store_statistics(const DivergenceArguments& args, int64_t first, int count,
+                                  const RowStatistics<Vec>& stats) {
+  const Vec fields[] = {stats.lse_b, stats.c, stats.log_ratio, stats.mean_p, stats.mean_q};
+  for (int i = 0; i < kRowStatistics; ++i) store_some(args.statistics + i * args.rows + first, fields[i], count);
+}
+
+ALUM_INLINE RowStatistics<Vec> load_statistics(const DivergenceArguments& args, int64_t first, int count) {
+  Vec fields[kRowStatistics];
+  for (int i = 0; i < kRowStatistics; ++i) fields[i] = load_some(args.statistics + i * args.rows + first, count);
+  return {fields[0], fields[1], fields[2], fields[3], fields[4]};
+}
+
+template <class T>
+void write_tile_gradient(RowTiles& tiles, const DivergenceArguments& args, const RowStatistics<Vec>& stats, Vec upstream,
+                         int64_t first, int count, T* grad_a, T* grad_b) {
+  const auto silent = upstream == Vec{}, undefined = stats.lse_b != stats.lse_b;
+  const Vec factor = upstream * args.inv_temperature, nan = broadcast<Vec>(__builtin_nanf(""));
+  const auto settle = [&](Vec g) ALUM_LAMBDA { return silent ? Vec{} : (undefined ? nan : g * factor); };
+  with_rule(args, [&](auto rule) {
+    constexpr Rule kRule = decltype(rule)::value;
+    for (int v = 0; v < tiles.columns; ++v) {
+      const auto g = class_gradient<kRule>(tiles(v), stats, args.inv_temperature);
+      tiles.grad_a.columns()[v] = settle(g.da);
+      tiles.grad_b.columns()[v] = settle(g.db);
+    }
+  });
+  if (grad_a != nullptr) tiles.grad_a.write(grad_a + first * args.columns, count);
+  if (grad_b != nullptr) tiles.grad_b.write(grad_b + first * args.columns, count);
+}
+
+// Weight of a row in the loss: rows of weight zero are not looked at.
+ALUM_INLINE float weight_of(const DivergenceArguments& args, int64_t n) {
+  return args.row_weight.data == nullptr ? 1.0f : args.row_weight.at(n);
+}
+
+ALUM_INLINE void store_statistics(const DivergenceArguments& args, int64_t n, const RowStatistics<float>& stats) {
+  const float fields[] = {stats.lse_b, stats.c, stats.log_ratio, stats.mean_p, stats.mean_q};
+  for (int i = 0; i < kRowStatistics; ++i) args.statistics[i * args.rows + n] = fields[i];
+}
+
+ALUM_INLINE RowStatistics<float> load_statistics(const DivergenceArguments& args, int64_t n) {
+  const float* from = args.statistics + n;
+  const int64_t rows = args.rows;
+  return {from[0], from[rows], from[2 * rows], from[3 * rows], from[4 * rows]};
+}
+
+template <class T>
+ALUM_INLINE RowPair<T> row_pair(const DivergenceArguments& args, int64_t n) {
+  return {static_cast<const T*>(args.a.data) + args.a.strides.offset(n),
+          static_cast<const T*>(args.b.data) + args.b.strides.offset(n), args.columns};
+}
+
+template <class T>
+void divergence_loss_rows(const DivergenceArguments& args, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    RowStatistics<float> stats{};
+    args.loss[n] = weight_of(args, n) == 0.0f ? 0.0f : analyse_row(row_pair<T>(args, n), args, stats);
+    store_statistics(args, n, stats);
+  }
+}
+
+template <class T>
+void divergence_gradient_rows(const DivergenceArguments& args, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    T* grad_a = args.grad_a == nullptr ? nullptr : static_cast<T*>(args.grad_a) + n * args.columns;
+    T* grad_b = args.grad_b == nullptr ? nullptr : static_cast<T*>(args.grad_b) + n * args.columns;
+    write_row_gradient(row_pair<T>(args, n), args, load_statistics(args, n), args.grad_rows.at(n), grad_a, grad_b);
+  }
+}
+
+template <class T>
+void divergence_loss_and_gradient_rows(const DivergenceArguments& args, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    RowStatistics<float> stats{};
+    const float weight = weight_of(args, n);
+    const RowPair<T> row = row_pair<T>(args, n);
+    args.loss[n] = weight == 0.0f ? 0.0f : analyse_row(row, args, stats);
+    write_row_gradient<T>(row, args, stats, weight * args.grad_scale,
+                          static_cast<T*>(args.grad_a) + n * args.columns, nullptr);
+  }
+}
+
+// Loss and statistics of the vector of rows in the tiles; rows of weight zero lose nothing.
+ALUM_INLINE ExactRow<Vec> analyse_tiles(const RowTiles& tiles, const DivergenceArguments& args, Vec weight) {
+  ExactRow<Vec> row;
+  if (args.divergence == Divergence::kKl) {
+    row = exact_row<Vec, Divergence::kKl, kExactColumns>(tiles, tiles.columns, args.inv_temperature);
+  } else {
+    row = exact_row<Vec, Divergence::kSymmetricKl, kExactColumns>(tiles, tiles.columns, args.inv_temperature);
+  }
+  row.loss = weight == Vec{} ? Vec{} : row.loss;
+  return row;
+}
+
+ALUM_INLINE Vec weights_of(const DivergenceArguments& args, int64_t first, int count) {
+  Vec weight = Vec{} + 1.0f;
+  if (args.row_weight.data == nullptr) return weight;
+  for (int lane = 0; lane < count; ++lane) weight[lane] = args.row_weight.at(first + lane);
+  return weight;
+}
+
+// body(first, count, weight) for every vector of rows, read into the tiles.
+template <class T, class Body>
+ALUM_INLINE void each_tile(RowTiles& tiles, const DivergenceArguments& args, int64_t begin, int64_t end,
+                           const Body& body) {
+  for (int64_t first = begin; first < end; first += kWidth) {
+    const int count = static_cast<int>(end - first < kWidth ? end - first : kWidth);
+    tiles.read<T>(args, first, count);
+    body(first, count);
+  }
+}
+
+template <class T>
+void divergence_loss_tiles(const DivergenceArguments& args, int64_t begin, int64_t end) {
+  RowTiles tiles(args);
+  each_tile<T>(tiles, args, begin, end, [&](int64_t first, int count) {
+    const ExactRow<Vec> row = analyse_tiles(tiles, args, weights_of(args, first, count));
+    store_some(args.loss + first, row.loss, count);
+    store_statistics(args, first, count, row.statistics);
+  });
+}
+
+template <class T>
+void divergence_gradient_tiles(const DivergenceArguments& args, int64_t begin, int64_t end) {
+  RowTiles tiles(args);
+  each_tile<T>(tiles, args, begin, end, [&](int64_t first, int count) {
+    Vec upstream{};
+    for (int lane = 0; lane < count; ++lane) upstream[lane] = args.grad_rows.at(first + lane);
+    write_tile_gradient(tiles, args, load_statistics(args, first, count), upstream, first, count,
+                        static_cast<T*>(args.grad_a), static_cast<T*>(args.grad_b));
+  });
+}
+
+template <class T>
+void divergence_loss_and_gradient_tiles(const DivergenceArguments& args, int64_t begin, int64_t end) {
+  RowTiles tiles(args);
+  each_tile<T>(tiles, args, begin, end, [&](int64_t first, int count) {
+    const Vec weight = weights_of(args, first, count);
+    const ExactRow<Vec> row = analyse_tiles(tiles, args, weight);
+    store_some(args.loss + first, row.loss, count);
+    write_tile_gradient<T>(tiles, args, row.statistics, weight * args.grad_scale, first, count,
+                           static_cast<T*>(args.grad_a), nullptr);
+  });
+}
+
+ALUM_END

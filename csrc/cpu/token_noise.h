@@ -1,0 +1,68 @@
+// The noise of one token, and loops over a token's features.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+#include <type_traits>
+
+#include "core/arguments.h"
+#include "cpu/simd.h"
+#include "core/philox.h"
+
+ALUM_BEGIN
+
+// Features that one vector of Philox calls serves.
+constexpr int kChunk = 4 * kWidth;
+
+// Unit noise of features [h, h + 4 kWidth) of a token, times std, into `chunk`. h is a multiple of four.
+// One function that every kernel calls: inlined into each, it would be most of the module.
+ALUM_NOINLINE inline void draw_chunk(const NoiseSource& noise, float std, int64_t sample, int64_t position, int64_t h,
+                                     float* chunk) {
+  UintVec group;
+  for (int i = 0; i < kWidth; ++i) group[i] = static_cast<uint32_t>(h / 4 + i);
+  const UintVec zero{};
+  const Words<UintVec> counter{group, zero + static_cast<uint32_t>(position),
+                               zero + static_cast<uint32_t>(noise.sample_offset + sample), zero + noise.stream};
+  const Quad<Vec> z = unit_noise<Vec>(philox(static_cast<uint64_t>(*noise.seed), counter), noise.normal);
+  for (int i = 0; i < kWidth; ++i) {
+    chunk[4 * i + 0] = std * z.x0[i];
+    chunk[4 * i + 1] = std * z.x1[i];
+    chunk[4 * i + 2] = std * z.x2[i];
+    chunk[4 * i + 3] = std * z.x3[i];
+  }
+}
+
+// Calls body(h, count, delta) for every vector of a token's features; count < kWidth in the last one only, where lanes
+// beyond it hold zero.
+template <class Body>
+ALUM_INLINE void for_each_vector(const float* delta, int64_t hidden, const Body& body) {
+  int64_t h = 0;
+  for (; h + kWidth <= hidden; h += kWidth) body(h, std::integral_constant<int64_t, kWidth>{}, load(delta + h));
+  if (h < hidden) body(h, hidden - h, load_partial(delta + h, hidden - h, Vec{}));
+}
+
+// Unit noise times std of all features of a token; `row` has room for a multiple of kChunk.
+ALUM_INLINE void draw_row(const NoiseSource& noise, float std, int64_t sample, int64_t position, int64_t hidden,
+                          float* row) {
+  for (int64_t h = 0; h < hidden; h += kChunk) draw_chunk(noise, std, sample, position, h, row + h);
+}
+
+// Room for one token's noise, or none.
+class NoiseRow {
+ public:
+  explicit NoiseRow(int64_t hidden)
+      : data_(hidden == 0 ? nullptr
+                          : static_cast<float*>(std::malloc(static_cast<size_t>(hidden + kChunk) * sizeof(float)))) {
+    if (hidden != 0 && data_ == nullptr) throw std::bad_alloc();
+  }
+  ~NoiseRow() { std::free(data_); }
+  NoiseRow(const NoiseRow&) = delete;
+  NoiseRow& operator=(const NoiseRow&) = delete;
+
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+ALUM_END

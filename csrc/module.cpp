@@ -1,0 +1,60 @@
+// The pybind11 module: how it was built, and host functions that take no tensors. Importing it registers the ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+
+#include "core/arguments.h"
+#include "core/exact_row.h"
+#include "core/philox.h"
+#include "cpu/launch.h"
+#include "cuda/launch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = ALUM_VERSION;
+  info["compiler"] = ALUM_COMPILER;
+  info["torch_target"] = ALUM_TORCH_TARGET;
+  info["torch_built_with"] = ALUM_TORCH_BUILT_WITH;
+  info["cuda_compiler"] = ALUM_CUDA_COMPILER;
+  info["cuda_architectures"] = alum::cuda::architectures();
+  info["cuda_stream_resolved"] = alum::cuda::stream_resolved();
+  info["cpu_capability"] = alum::cpu::capability();
+  return info;
+}
+
+std::array<uint32_t, 4> philox(uint64_t seed, std::array<uint32_t, 4> counter) {
+  const alum::Words<uint32_t> words =
+      alum::philox<uint32_t>(seed, {counter[0], counter[1], counter[2], counter[3]});
+  return {words.x0, words.x1, words.x2, words.x3};
+}
+
+float elementary(const std::string& name, float x) {
+  if (name == "exp") return alum::exp(x);
+  if (name == "g_series") return alum::g_series(x);
+  if (name == "log") return alum::log(x);
+  if (name == "log1p") return alum::log1p(x);
+  if (name == "cos_quarter") return alum::cos_quarter(x);
+  if (name == "sin_quarter") return alum::sin_quarter(x);
+  throw py::value_error("name: no elementary function " + name);
+}
+
+int64_t row_offset(int64_t n, int64_t inner, int64_t stride_outer, int64_t stride_inner) {
+  return alum::RowStrides{inner, stride_outer, stride_inner}.offset(n);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of alum_kernels: build facts, and the arithmetic that host and device share.";
+  m.def("build_info", &build_info, "How this module was built and what it found at load time.");
+  m.def("philox", &philox, py::arg("seed"), py::arg("counter"), "Philox4x32-10 words of one counter.");
+  m.def("elementary", &elementary, py::arg("name"), py::arg("x"), "One of the fp32 functions of core/elementary.h.");
+  m.def("row_offset", &row_offset, py::arg("row"), py::arg("inner"), py::arg("stride_outer"), py::arg("stride_inner"),
+        "Element offset of a row of (O, I, V) logits, as every kernel computes it.");
+}
