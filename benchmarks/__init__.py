@@ -1,0 +1,1 @@
+"""Programs that measure: accuracy, speed, resources of compiled kernels, whole training steps."""
