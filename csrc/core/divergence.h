@@ -34,6 +34,9 @@ constexpr int kExactColumns = 64;
 constexpr float kNarrow = 30.0f;
 constexpr float kSeries = 0.3f;
 
+// Stands for the difference of a class that is -inf on both sides (NaN), whose weights are zero.
+constexpr float kLowest = -3.40282347e38f;
+
 // What the backward needs of a row, in the order in which it is stored. NaN in lse_b marks a row without gradient.
 template <class F>
 struct RowStatistics {
@@ -77,7 +80,8 @@ struct Weights {
 template <class F>
 ALUM_INLINE Weights<F> weights_below(F larger, F d) {
   const auto up = d > 0.0f;
-  const F least = broadcast<F>(-87.3f), fall = -absolute(d);
+  // below -88.02 the scale is 2^-127, whose bits are those of zero
+  const F least = broadcast<F>(-88.2f), fall = -absolute(d);
   const ExpSplit<F> e = exp_split(fall > least ? fall : least, F{});
   const F smaller = larger * (e.scale * e.minus_one + e.scale);
   const F loss = larger * (e.scale * e.minus_one + (e.scale - 1.0f));
@@ -135,11 +139,10 @@ ALUM_INLINE RowResult finish(const NarrowSums<double>& s, double max_b, double c
   return close_row(max_b + ::log(s.l2), c, log_ratio, (s.a + s.c) / s.l1, mean_q, s.c / s.l1 - mean_q * (s.b / s.l1));
 }
 
-// The weights of these sums are e^(a - max a) and e^(b - max b); exact_c is c before it was rounded to be stored.
-ALUM_INLINE RowResult finish(const WideSums<double>& s, double max_a, double max_b, double exact_c, double c) {
+// The weights of these sums are e^(a - max a) and e^(b - max b); gap is max a - c - max b.
+ALUM_INLINE RowResult finish(const WideSums<double>& s, double gap, double max_b, double c) {
   const double mean_p = s.p / s.l1, mean_q = s.a / s.l2;
-  const double log_ratio = (max_a - max_b - exact_c) + ::log(s.l1 / s.l2);
-  return close_row(max_b + ::log(s.l2), c, log_ratio, mean_p, mean_q, mean_p - mean_q);
+  return close_row(max_b + ::log(s.l2), c, gap + ::log(s.l1 / s.l2), mean_p, mean_q, mean_p - mean_q);
 }
 
 // The term of one class in KL(q||p), from its weights w1 = p, w2 = q.

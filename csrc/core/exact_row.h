@@ -100,7 +100,7 @@ ALUM_INLINE ExactRow<F> exact_row(const Load& load, int columns, float inv_tempe
 template <Rule kRule, class F>
 ALUM_INLINE Gradients<F> class_gradient(Logits<F> x, const RowStatistics<F>& row, float inv_temperature) {
   // NaN is the difference of a dead class, whose weights are zero
-  const F d = larger_of((x.a - x.b) * inv_temperature - row.c, broadcast<F>(-1e30f));
+  const F d = larger_of((x.a - x.b) * inv_temperature - row.c, broadcast<F>(kLowest));
   const Weights<F> w = weights(x.b * inv_temperature, -row.lse_b, d - row.log_ratio);
   return gradients<kRule>(w, d, row.mean_p, row.mean_q);
 }

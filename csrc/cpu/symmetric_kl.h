@@ -14,18 +14,12 @@
 #include "core/arguments.h"
 #include "cpu/simd.h"
 #include "cpu/tile.h"
-#include "core/exact_row.h"
+#include "core/long_row.h"
 
 ALUM_BEGIN
 
 // Vectors that are summed in fp32 before the sum is carried on in double.
 constexpr int kFold = 64;
-
-// Up to here a row's terms are too few to average the rounding of J = C / L1 - ... out, and J is summed term by term.
-constexpr int64_t kTermwiseColumns = 2048;
-
-// Up to here differences of logits are carried exactly; beyond, their rounding averages out too.
-constexpr int64_t kExactRowColumns = 16384;
 
 // Differences of bf16 and fp16 logits fit in fp32 as they are.
 template <class T>
@@ -54,12 +48,6 @@ struct RowPair {
   ALUM_INLINE void each(int64_t begin, int64_t end, const Body& body) const {
     each_counted(begin, end, [&](int64_t, auto, Vec x, Vec y) ALUM_LAMBDA { body(x, y); });
   }
-};
-
-struct RowExtremes {
-  float max_a, max_b;
-  Exact<float> difference;  // a - b at the largest b
-  bool regular, one_sided;
 };
 
 // Whether a row holds NaN or +inf, and whether a class is -inf on one side only.
@@ -102,108 +90,55 @@ RowExtremes row_extremes(const RowPair<T>& row) {
   return x;
 }
 
-// One vector of classes over the temperature: b - max b in two parts, and d; zero for dead classes. Where few classes
-// share the rounding of a difference it is carried exactly.
-struct Centred {
-  Vec high, low, d;
-};
-
-template <bool kExact>
-ALUM_INLINE Centred centred(Vec a, Vec b, float max_b, float c_high, float c_low, float inv_temperature) {
-  if constexpr (!kExact) {
-    // NaN, the difference of a dead class, becomes a number: its weights are zero
-    const Vec d = (a - b) * inv_temperature - c_high;
-    return {(b - max_b) * inv_temperature, Vec{}, larger_of(d, broadcast<Vec>(-1e30f))};
-  }
-  const auto dead = b == broadcast<Vec>(-__builtin_inff());
-  const Exact<Vec> d = exact_difference(a, b), below = exact_difference(b, broadcast<Vec>(max_b));
-  const Vec value = ((d.high - c_high) + (d.low - c_low)) * inv_temperature;
-  return {below.high * inv_temperature, dead ? Vec{} : below.low * inv_temperature, dead ? Vec{} : value};
+ALUM_INLINE NarrowSums<double> total(const NarrowSums<double>& t, const NarrowSums<Vec>& s) {
+  return {t.l1 + sum_lanes(s.l1), t.l2 + sum_lanes(s.l2), t.a + sum_lanes(s.a), t.b + sum_lanes(s.b),
+          t.c + sum_lanes(s.c)};
 }
 
-template <class Sums, class Totals, class T, class Add>
-ALUM_INLINE void sum_row(const RowPair<T>& row, Totals& totals, const Add& add, void (*fold)(Totals&, const Sums&)) {
+ALUM_INLINE WideSums<double> total(const WideSums<double>& t, const WideSums<Vec>& s) {
+  return {t.l1 + sum_lanes(s.l1), t.l2 + sum_lanes(s.l2), t.p + sum_lanes(s.p), t.a + sum_lanes(s.a)};
+}
+
+ALUM_INLINE TermSums<double> total(const TermSums<double>& t, const TermSums<Vec>& s) {
+  return {t.up + sum_lanes(s.up), t.down + sum_lanes(s.down), t.l1 + sum_lanes(s.l1), t.l2 + sum_lanes(s.l2)};
+}
+
+// Sums<double> of add(Sums<Vec>&, a, b) over a row; fp32 within a few vectors, double beyond.
+template <template <class> class Sums, class T, class Add>
+ALUM_INLINE Sums<double> sum_row(const RowPair<T>& row, const Add& add) {
   constexpr int64_t kBlock = static_cast<int64_t>(kFold) * kWidth;
+  Sums<double> totals;
   for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
     const int64_t end = begin + kBlock < row.columns ? begin + kBlock : row.columns;
-    Sums sums{};
+    Sums<Vec> sums;
     row.each(begin, end, [&](Vec a, Vec b) ALUM_LAMBDA { add(sums, a, b); });
-    fold(totals, sums);
+    totals = total(totals, sums);
   }
+  return totals;
 }
 
 template <bool kExact, class T>
-RowResult row_result(const RowPair<T>& row, const RowExtremes& x, float inv_temperature) {
-  const double scale = inv_temperature, max_a = x.max_a * scale, max_b = x.max_b * scale;
-  const double exact_c = (static_cast<double>(x.difference.high) + x.difference.low) * scale;
-  const float c = x.difference.high * inv_temperature;  // as the gradient will round it
-  const float c_high = kExact ? x.difference.high : c, c_low = x.difference.low;
-  if (max_a - max_b - exact_c <= kNarrow) {
-    NarrowSums<double> totals;
-    sum_row<NarrowSums<Vec>, NarrowSums<double>>(
-        row, totals,
-        [&](NarrowSums<Vec>& sums, Vec a, Vec b) ALUM_LAMBDA {
-          const Centred y = centred<kExact>(a, b, x.max_b, c_high, c_low, inv_temperature);
-          sums.add(y.high, y.low, y.d);
-        },
-        [](NarrowSums<double>& t, const NarrowSums<Vec>& s) {
-          t.l1 += sum_lanes(s.l1);
-          t.l2 += sum_lanes(s.l2);
-          t.a += sum_lanes(s.a);
-          t.b += sum_lanes(s.b);
-          t.c += sum_lanes(s.c);
-        });
-    return finish(totals, max_b, c);
+RowResult row_result(const RowPair<T>& row, const RowExtremes& extremes, float inv_temperature) {
+  const RowExtremes x = extremes;
+  if (x.gap(inv_temperature) <= kNarrow) {
+    const auto sums = sum_row<NarrowSums>(row, [&](NarrowSums<Vec>& s, Vec a, Vec b) ALUM_LAMBDA {
+      add_narrow<kExact>(s, a, b, x, inv_temperature);
+    });
+    return finish_narrow(sums, x, inv_temperature);
   }
-  WideSums<double> totals;
-  sum_row<WideSums<Vec>, WideSums<double>>(
-      row, totals,
-      [&](WideSums<Vec>& sums, Vec a, Vec b) ALUM_LAMBDA {
-        const Centred y = centred<kExact>(a, b, x.max_b, c_high, c_low, inv_temperature);
-        sums.add((a - x.max_a) * inv_temperature, y.high, y.d);
-      },
-      [](WideSums<double>& t, const WideSums<Vec>& s) {
-        t.l1 += sum_lanes(s.l1);
-        t.l2 += sum_lanes(s.l2);
-        t.p += sum_lanes(s.p);
-        t.a += sum_lanes(s.a);
-      });
-  return finish(totals, max_a, max_b, exact_c, c);
+  const auto sums = sum_row<WideSums>(
+      row, [&](WideSums<Vec>& s, Vec a, Vec b) ALUM_LAMBDA { add_wide<kExact>(s, a, b, x, inv_temperature); });
+  return finish_wide(sums, x, inv_temperature);
 }
 
-// The divergence summed term by term, every term >= 0, with Lambda known. Classes that gained weight are summed on the
-// scale of max a, the others on that of max b.
 template <class T>
-float row_terms(const RowPair<T>& row, const RowExtremes& x, const DivergenceArguments& args, float log_ratio) {
-  struct Sums {
-    Vec up{}, down{}, l1{}, l2{};
-  };
-  struct Totals {
-    double up = 0.0, down = 0.0, l1 = 0.0, l2 = 0.0;
-  } totals;
-  const bool one_sided_kl = args.divergence == Divergence::kKl;
-  sum_row<Sums, Totals>(
-      row, totals,
-      [&](Sums& sums, Vec a, Vec b) ALUM_LAMBDA {
-        const Centred y = centred<true>(a, b, x.max_b, x.difference.high, x.difference.low, args.inv_temperature);
-        const Exact<Vec> above = exact_difference(a, broadcast<Vec>(x.max_a));
-        const Vec weight_a = exp(above.high * args.inv_temperature, above.low * args.inv_temperature);
-        const Vec weight_b = exp(y.high, y.low), u = y.d - log_ratio;
-        const auto up = u > 0.0f;
-        const Weights<Vec> w = weights_below(up ? weight_a : weight_b, u);
-        const Vec term = one_sided_kl ? kl_q_term(w, u) : w.difference * u;
-        sums.up += up ? term : Vec{};
-        sums.down += up ? Vec{} : term;
-        sums.l1 += weight_a;
-        sums.l2 += weight_b;
-      },
-      [](Totals& t, const Sums& s) {
-        t.up += sum_lanes(s.up);
-        t.down += sum_lanes(s.down);
-        t.l1 += sum_lanes(s.l1);
-        t.l2 += sum_lanes(s.l2);
-      });
-  return static_cast<float>(totals.up / totals.l1 + totals.down / totals.l2);
+float row_terms(const RowPair<T>& row, const RowExtremes& extremes, const DivergenceArguments& args, float log_ratio) {
+  const RowExtremes x = extremes;
+  const Divergence divergence = args.divergence;
+  const float inv_temperature = args.inv_temperature;
+  return finish_terms(sum_row<TermSums>(row, [&](TermSums<Vec>& s, Vec a, Vec b) ALUM_LAMBDA {
+    s.add(a, b, x, inv_temperature, log_ratio, divergence);
+  }));
 }
 
 template <class T>

@@ -31,7 +31,6 @@ NARROW = 30.0
 """Largest max a - c - max b for which Lambda comes from expm1; beyond it the log-sum-exps may be subtracted."""
 
 _SERIES = 0.3
-_DEAD = -1e30
 _LN2 = math.log(2.0)
 
 
@@ -92,6 +91,13 @@ def _exp_sum(high: Tensor, low: Tensor) -> Tensor:
     return torch.exp(total) * (1 + ((high - (total - moved)) + (low - moved)))
 
 
+def _weight_of(logits: Tensor, largest: Tensor, dead: Tensor, inv_temperature: float) -> Tensor:
+    """e^(logits - largest) over the temperature, zero for dead classes."""
+    high, low = _two_sum_difference(logits, largest)
+    high, low = torch.where(dead, 0, high), torch.where(dead, 0, low)
+    return torch.where(dead, 0, _exp_sum(high * inv_temperature, low * inv_temperature))
+
+
 def _weights_below(larger: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """w1 = w2 e^d, w2 and w1 - w2 from the larger of the two, whatever the sign and size of d."""
     up = d > 0
@@ -106,7 +112,8 @@ def _analyse(a: Tensor, b: Tensor, inv_temperature: float, divergence: str) -> t
     separated = ((a == -math.inf) != (b == -math.inf)).any(-1) & ~invalid
     dead = (a == -math.inf) & (b == -math.inf)
     spoilt = dead | invalid.unsqueeze(-1) | separated.unsqueeze(-1)
-    a, b = torch.where(spoilt, _DEAD, a), torch.where(spoilt, _DEAD, b)
+    lowest = torch.finfo(a.dtype).min
+    a, b = torch.where(spoilt, lowest, a), torch.where(spoilt, lowest, b)
 
     # differences of logits, exactly; maxima and c are constants of the row, which the result does not depend on
     high, low = _two_sum_difference(a, b)
@@ -116,8 +123,8 @@ def _analyse(a: Tensor, b: Tensor, inv_temperature: float, divergence: str) -> t
     max_a, max_b = a.amax(-1, keepdim=True).detach(), b.amax(-1, keepdim=True).detach()
     c = ((c_high + c_low) * inv_temperature).squeeze(-1)
     gap = ((max_a - max_b) * inv_temperature).squeeze(-1) - c
-    weight_a = _exp_sum(*(part * inv_temperature for part in _two_sum_difference(a, max_a)))
-    weight_b = _exp_sum(*(part * inv_temperature for part in _two_sum_difference(b, max_b)))
+    weight_a = _weight_of(a, max_a, dead, inv_temperature)
+    weight_b = _weight_of(b, max_b, dead, inv_temperature)
     l1, l2 = weight_a.sum(-1), weight_b.sum(-1)
 
     lift = torch.exp(gap.clamp(max=NARROW)).unsqueeze(-1)

@@ -44,8 +44,10 @@ GRADIENT_BLOCK = 4096
 INFINITY = tl.constexpr(float("inf"))
 NARROW = tl.constexpr(30.0)
 SERIES = tl.constexpr(0.3)
-LOWEST_LOG = tl.constexpr(-87.3)
-DEAD = tl.constexpr(-1e30)
+# e^x is zero here: the scale is 2^-127, whose bits are those of zero
+VANISHED = tl.constexpr(-88.2)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+NO_WEIGHT = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -66,7 +68,7 @@ def _weights_below(larger, d):
     """(w1, w2, w1 - w2) with w1 = w2 e^d, from the larger of the two, whatever the sign and size of d."""
     up = d > 0.0
     fall = -tl.abs(d)
-    scale, m = exp_parts(tl.where(fall > LOWEST_LOG, fall, LOWEST_LOG), d * 0.0)
+    scale, m = exp_parts(tl.where(fall > VANISHED, fall, VANISHED), d * 0.0)
     smaller = larger * (scale * m + scale)
     loss = larger * (scale * m + (scale - 1.0))
     return tl.where(up, larger, smaller), tl.where(up, smaller, larger), tl.where(up, -loss, loss)
@@ -103,8 +105,9 @@ def _class_gradient(
     """(da, db) of classes from the statistics of their rows; zero for classes that are -inf on both sides."""
     dead = b == -INFINITY
     d = tl.where(dead, 0.0, (a - b) * inv_temperature - c)
-    w1, w2, difference = _weights(tl.where(dead, DEAD, b * inv_temperature), -lse_b, d - log_ratio)
-    return _gradient_of(w1, w2, difference, d, mean_p, mean_q, DIVERGENCE, CONVENTION)
+    w1, w2, difference = _weights(tl.where(dead, NO_WEIGHT, b * inv_temperature), -lse_b, d - log_ratio)
+    da, db = _gradient_of(w1, w2, difference, d, mean_p, mean_q, DIVERGENCE, CONVENTION)
+    return tl.where(dead, 0.0, da), tl.where(dead, 0.0, db)
 
 
 @triton.jit
@@ -158,7 +161,7 @@ def _tile_rows(
     one_sided = tl.max(tl.where((a == -INFINITY) != (b == -INFINITY), 1, 0), 1)[:, None] != 0
     dead = (b == -INFINITY) | irregular | one_sided
     none_alive = tl.min(tl.where(dead, 1, 0), 1)[:, None] != 0
-    a, b = tl.where(dead, DEAD, a), tl.where(dead, DEAD, b)
+    a, b = tl.where(dead, LOWEST, a), tl.where(dead, LOWEST, b)
 
     # sweep 1: the largest b and the difference there
     max_a, max_b = tl.max(a, 1)[:, None], tl.max(b, 1)[:, None]
@@ -269,6 +272,7 @@ def _stream_rows(
     wide = tl.full((), 0, tl.int32)
     irregular = tl.full((), 0, tl.int32)
     one_sided = tl.full((), 0, tl.int32)
+    alive = tl.full((), 0, tl.int32)
     for start in range(0, length, BLOCK):
         column, inside, a, b = _block(a_row, b_row, start, columns, BLOCK)
         regular = (a < INFINITY) & (b < INFINITY)
@@ -276,7 +280,8 @@ def _stream_rows(
         irregular = tl.maximum(irregular, tl.max(tl.where(regular, 0, 1), 0))
         one_sided = tl.maximum(one_sided, tl.max(tl.where(apart, 1, 0), 0))
         dead = (b == -INFINITY) | apart | (regular == 0)
-        a, b = tl.where(dead, DEAD, a), tl.where(dead, DEAD, b)
+        alive = tl.maximum(alive, tl.max(tl.where(dead, 0, 1), 0))
+        a, b = tl.where(dead, LOWEST, a), tl.where(dead, LOWEST, b)
         d = tl.where(dead, 0.0, (a - b) * inv_temperature)
         block_b = tl.max(b, 0)
         block_c = tl.sum(tl.where(column == start + tl.argmax(b, 0), d, 0.0), 0)
@@ -302,14 +307,14 @@ def _stream_rows(
         wide = tl.where((max_a - max_b) * inv_temperature - c > NARROW, 1, wide)
         d = tl.where(dead, 0.0, d - c)
         bounded = tl.minimum(d, 2.0 * NARROW)  # beyond, the row is wide, or the class weighs nothing
-        w1, w2, difference = _weights(tl.where(dead, DEAD, (b - max_b) * inv_temperature), d * 0.0, bounded)
+        w1, w2, difference = _weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0, bounded)
         l1 += tl.sum(w1, 0).to(tl.float64)
         l2 += tl.sum(w2, 0).to(tl.float64)
         sum_a += tl.sum(w2 * d, 0).to(tl.float64)
         sum_b += tl.sum(difference, 0).to(tl.float64)
         sum_c += tl.sum(difference * d, 0).to(tl.float64)
 
-    undefined = (irregular != 0) | (one_sided != 0) | (max_b <= DEAD)
+    undefined = (irregular != 0) | (one_sided != 0) | (alive == 0)
     if (wide != 0) & (undefined == 0):
         # one side underflows against the other: a maximum for each
         l1 = tl.full((), 0.0, tl.float64)
@@ -320,8 +325,8 @@ def _stream_rows(
             column, inside, a, b = _block(a_row, b_row, start, columns, BLOCK)
             dead = b == -INFINITY
             d = tl.where(dead, 0.0, (a - b) * inv_temperature - c)
-            w1 = exp_sum(tl.where(dead, DEAD, (a - max_a) * inv_temperature), d * 0.0)
-            w2 = exp_sum(tl.where(dead, DEAD, (b - max_b) * inv_temperature), d * 0.0)
+            w1 = exp_sum(tl.where(dead, NO_WEIGHT, (a - max_a) * inv_temperature), d * 0.0)
+            w2 = exp_sum(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0)
             l1 += tl.sum(w1, 0).to(tl.float64)
             l2 += tl.sum(w2, 0).to(tl.float64)
             sum_a += tl.sum(w2 * d, 0).to(tl.float64)
@@ -346,7 +351,7 @@ def _stream_rows(
             column, inside, a, b = _block(a_row, b_row, start, columns, BLOCK)
             dead = (b == -INFINITY) | (undefined != 0)
             u = tl.where(dead, 0.0, (a - b) * inv_temperature - c - log_ratio)
-            w1, w2, difference = _weights(tl.where(dead, DEAD, (b - max_b) * inv_temperature), u * 0.0, u)
+            w1, w2, difference = _weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), u * 0.0, u)
             near_u = tl.abs(u) < SERIES
             term = tl.where(near_u, w2 * g_series(tl.where(near_u, u, 0.0)), difference - w2 * u)
             total += tl.sum(term, 0).to(tl.float64)
