@@ -166,7 +166,15 @@ void projected_ascent(const Tensor& embeds, const Tensor& grad, const std::optio
   args.norm = static_cast<Norm>(norm);
   args.normalize = static_cast<Normalize>(normalize);
   args.level = static_cast<Level>(level);
-  if (embeds.numel() > 0) launch(args, embeds, cpu::projected_ascent, cuda::projected_ascent);
+  if (embeds.numel() == 0) return;
+  std::optional<Tensor> scratch;
+  if (embeds.is_cuda()) {
+    if (const int64_t bytes = cuda::ascent_scratch_bytes(args); bytes > 0) {
+      scratch = torch::stable::new_empty(embeds, {bytes}, ScalarType::Byte);
+      args.scratch = scratch->mutable_data_ptr();
+    }
+  }
+  launch(args, embeds, cpu::projected_ascent, cuda::projected_ascent);
 }
 
 // Rows of a tensor with leading dimensions (O, I); evenly spaced ones count as O = 1.

@@ -97,6 +97,7 @@ struct AscentArguments {
   void* perturbed = nullptr;
   float* new_delta = nullptr;   // or null
   float* statistics = nullptr;  // (B, S, 4) or null
+  void* scratch = nullptr;      // cuda::ascent_scratch_bytes, on CUDA
   TokenShape shape;
   Dtype dtype = Dtype::kFloat32, grad_dtype = Dtype::kFloat32;
   NoiseSource noise;

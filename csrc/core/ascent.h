@@ -24,33 +24,33 @@ ALUM_INLINE F sign_of(F x) {
   return x > 0.0f ? one : (x < 0.0f ? -one : F{});
 }
 
-template <Normalize kNormalize, class F>
-ALUM_INLINE F moved(F delta, F g, float step, const GroupNorms& group) {
+template <class F>
+ALUM_INLINE F moved(Normalize normalize, F delta, F g, float step, const GroupNorms& group) {
   if (!group.climbs) return delta;
   F direction = g;
-  if (kNormalize == Normalize::kSign) direction = sign_of(g);
-  if (kNormalize == Normalize::kLinf) direction = g / broadcast<F>(group.grad_largest);
-  if (kNormalize == Normalize::kL2) {
+  if (normalize == Normalize::kSign) direction = sign_of(g);
+  if (normalize == Normalize::kLinf) direction = g / broadcast<F>(group.grad_largest);
+  if (normalize == Normalize::kL2) {
     direction = g / broadcast<F>(group.grad_largest) / broadcast<F>(group.grad_length);
   }
   return delta + step * direction;
 }
 
 // NaN stays NaN.
-template <Norm kNorm, class F>
-ALUM_INLINE F projected(F x, float epsilon, const GroupNorms& group) {
-  if (kNorm == Norm::kLinf) {
+template <class F>
+ALUM_INLINE F projected(Norm norm, F x, float epsilon, const GroupNorms& group) {
+  if (norm == Norm::kLinf) {
     const F high = broadcast<F>(epsilon), low = broadcast<F>(-epsilon);
     return x > high ? high : (x < low ? low : x);
   }
-  if (kNorm == Norm::kL2) return group.moved_length > epsilon ? x * (epsilon / group.moved_length) : x;
-  if (kNorm == Norm::kLinfRescale) return x / broadcast<F>(group.moved_largest + kRescaleFloor);
+  if (norm == Norm::kL2) return group.moved_length > epsilon ? x * (epsilon / group.moved_length) : x;
+  if (norm == Norm::kLinfRescale) return x / broadcast<F>(group.moved_largest + kRescaleFloor);
   return x;
 }
 
 // Calls run(constant) with the run-time choice as a compile-time one.
 template <class Run>
-ALUM_INLINE void with_normalize(Normalize normalize, const Run& run) {
+ALUM_HOST_INLINE void with_normalize(Normalize normalize, const Run& run) {
   switch (normalize) {
     case Normalize::kNone:
       return run(std::integral_constant<Normalize, Normalize::kNone>{});
@@ -64,7 +64,7 @@ ALUM_INLINE void with_normalize(Normalize normalize, const Run& run) {
 }
 
 template <class Run>
-ALUM_INLINE void with_norm(Norm norm, const Run& run) {
+ALUM_HOST_INLINE void with_norm(Norm norm, const Run& run) {
   switch (norm) {
     case Norm::kLinf:
       return run(std::integral_constant<Norm, Norm::kLinf>{});
@@ -77,17 +77,22 @@ ALUM_INLINE void with_norm(Norm norm, const Run& run) {
   }
 }
 
-// The reductions that a choice of normalisation and projection needs, in order; kWrite follows.
+// The reductions that a choice of normalisation and projection needs, in order; kWrite follows. Four bits each, since a
+// GPU register cannot be indexed.
 struct PhaseList {
-  Phase phases[4];
-  int count;
+  uint32_t packed = 0;
+  int count = 0;
+
+  ALUM_INLINE void add(Phase phase) { packed |= static_cast<uint32_t>(phase) << (4 * count++); }
+  ALUM_INLINE Phase operator[](int i) const { return static_cast<Phase>((packed >> (4 * i)) & 15u); }
 };
 
 ALUM_INLINE PhaseList reductions(Normalize normalize, Norm norm) {
-  PhaseList list{{Phase::kGradLargest}, 1};
-  if (normalize == Normalize::kL2) list.phases[list.count++] = Phase::kGradLength;
-  if (norm == Norm::kL2 || norm == Norm::kLinfRescale) list.phases[list.count++] = Phase::kMovedLargest;
-  if (norm == Norm::kL2) list.phases[list.count++] = Phase::kMovedLength;
+  PhaseList list;
+  list.add(Phase::kGradLargest);
+  if (normalize == Normalize::kL2) list.add(Phase::kGradLength);
+  if (norm == Norm::kL2 || norm == Norm::kLinfRescale) list.add(Phase::kMovedLargest);
+  if (norm == Norm::kL2) list.add(Phase::kMovedLength);
   return list;
 }
 

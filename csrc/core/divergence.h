@@ -12,8 +12,9 @@
 //
 // One sweep over a row, with c and the largest b known, gives all of it:
 //
-//   w2 = e^(b - max b), w1 = w2 e^d;  L1 = sum w1, L2 = sum w2, A = sum w2 d, B = sum (w1 - w2), C = sum (w1 - w2) d
-//   Lambda = log1p(B / L2)       E_p[d] = (A + C) / L1       E_q[d] = A / L2       J = C / L1 - (A / L2) (B / L1)
+//   w2 = e^(b - max b), w1 = w2 e^d;  L1 = sum w1, L2 = sum w2, B = sum (w1 - w2)
+//                                     P = sum w1 d, A = sum w2 d, C = sum (w1 - w2) d
+//   Lambda = log1p(B / L2)       E_p[d] = P / L1       E_q[d] = A / L2       J = C / L1 - (A / L2) (B / L1)
 //
 // Where c lies three deviations out, J is the small difference of two numbers ten times its size: sums are closed in
 // double, once a row.
@@ -96,12 +97,13 @@ ALUM_INLINE Weights<F> weights(F high, F low, F d) {
 
 template <class F>
 struct NarrowSums {
-  F l1{}, l2{}, a{}, b{}, c{};
+  F l1{}, l2{}, p{}, a{}, b{}, c{};
 
   ALUM_INLINE void add(F high, F low, F d) {
     const Weights<F> w = weights(high, low, d);
     l1 += w.w1;
     l2 += w.w2;
+    p += w.w1 * d;
     a += w.w2 * d;
     b += w.difference;
     c += w.difference * d;
@@ -136,7 +138,7 @@ ALUM_INLINE RowResult close_row(double lse_b, double c, double log_ratio, double
 ALUM_INLINE RowResult finish(const NarrowSums<double>& s, double max_b, double c) {
   const double change = s.b / s.l2, mean_q = s.a / s.l2;
   const double log_ratio = change > -0.5 ? ::log1p(change) : ::log(s.l1 / s.l2);
-  return close_row(max_b + ::log(s.l2), c, log_ratio, (s.a + s.c) / s.l1, mean_q, s.c / s.l1 - mean_q * (s.b / s.l1));
+  return close_row(max_b + ::log(s.l2), c, log_ratio, s.p / s.l1, mean_q, s.c / s.l1 - mean_q * (s.b / s.l1));
 }
 
 // The weights of these sums are e^(a - max a) and e^(b - max b); gap is max a - c - max b.
@@ -166,9 +168,9 @@ ALUM_INLINE Rule rule_of(Divergence divergence, Convention convention) {
 }
 
 // Gradient of one class, before the upstream factor.
-template <Rule kRule, class F>
-ALUM_INLINE Gradients<F> gradients(const Weights<F>& w, F d, F mean_p, F mean_q) {
-  switch (kRule) {
+template <class F>
+ALUM_INLINE Gradients<F> gradients(Rule rule, const Weights<F>& w, F d, F mean_p, F mean_q) {
+  switch (rule) {
     case Rule::kDifference:
       return {w.difference, -w.difference};
     case Rule::kKl:

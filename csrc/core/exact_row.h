@@ -25,8 +25,8 @@ struct ExactRow {
 
 // kKept classes have room for what sweep 2 knows of them, so that sweep 3 need not find it again (0 on a GPU, whose
 // registers cannot be indexed).
-template <class F, Divergence kDivergence, int kKept, class Load>
-ALUM_INLINE ExactRow<F> exact_row(const Load& load, int columns, float inv_temperature) {
+template <class F, int kKept, class Load>
+ALUM_INLINE ExactRow<F> exact_row(Divergence divergence, const Load& load, int columns, float inv_temperature) {
   const F infinity = broadcast<F>(__builtin_inff());
 
   const Logits<F> first = load(0);
@@ -83,7 +83,7 @@ ALUM_INLINE ExactRow<F> exact_row(const Load& load, int columns, float inv_tempe
     const Class x = kKept > 0 ? kept[v] : weigh(load(v));
     const F u = x.d - log_ratio;
     const Weights<F> w = weights_below(u > 0.0f ? x.weight_a * inverse_l1 : x.weight_b * inverse_l2, u);
-    loss += kDivergence == Divergence::kKl ? kl_q_term(w, u) : w.difference * u;
+    loss += divergence == Divergence::kKl ? kl_q_term(w, u) : w.difference * u;
     mean_p += w.w1 * x.d;
     mean_q += w.w2 * x.d;
   }
@@ -97,12 +97,12 @@ ALUM_INLINE ExactRow<F> exact_row(const Load& load, int columns, float inv_tempe
 
 // Gradient of one class from the stored statistics of a row that has one; zero for a dead class. At the largest b, d is
 // zero as in the sums, since c was rounded as d is here.
-template <Rule kRule, class F>
-ALUM_INLINE Gradients<F> class_gradient(Logits<F> x, const RowStatistics<F>& row, float inv_temperature) {
+template <class F>
+ALUM_INLINE Gradients<F> class_gradient(Rule rule, Logits<F> x, const RowStatistics<F>& row, float inv_temperature) {
   // NaN is the difference of a dead class, whose weights are zero
   const F d = larger_of((x.a - x.b) * inv_temperature - row.c, broadcast<F>(kLowest));
   const Weights<F> w = weights(x.b * inv_temperature, -row.lse_b, d - row.log_ratio);
-  return gradients<kRule>(w, d, row.mean_p, row.mean_q);
+  return gradients(rule, w, d, row.mean_p, row.mean_q);
 }
 
 ALUM_END

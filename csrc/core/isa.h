@@ -3,10 +3,12 @@
 
 #if defined(__CUDACC__)
 #define ALUM_INLINE __host__ __device__ __forceinline__
+#define ALUM_HOST_INLINE inline
 #define ALUM_LAMBDA
 #define ALUM_UNROLL _Pragma("unroll")
 #else
 #define ALUM_INLINE inline __attribute__((always_inline))
+#define ALUM_HOST_INLINE ALUM_INLINE
 #define ALUM_LAMBDA __attribute__((always_inline))
 #define ALUM_NOINLINE __attribute__((noinline))
 #define ALUM_UNROLL _Pragma("GCC unroll 16")

@@ -82,7 +82,7 @@ void ascend_groups(const AscentArguments& args) {
   };
   const PhaseList list = reductions(args.normalize, args.norm);
   for (int i = 0; i < list.count; ++i) {
-    const Phase phase = list.phases[i];
+    const Phase phase = list[i];
     run(phase);
     for (int64_t g = 0; g < groups; ++g) {
       double value = 0.0;

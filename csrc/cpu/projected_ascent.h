@@ -66,7 +66,7 @@ class AscentToken {
     } else {
       with_normalize(normalize_, [&](auto normalize) ALUM_LAMBDA {
         each([&](int64_t, int64_t, Vec delta, Vec g)
-                 ALUM_LAMBDA { add(moved<decltype(normalize)::value>(delta, g, step_, group)); });
+                 ALUM_LAMBDA { add(moved(normalize, delta, g, step_, group)); });
       });
     }
     return {is_sum(phase) ? sum_lanes(total) : max_lanes(total), count_lanes(irregular)};
@@ -77,8 +77,8 @@ class AscentToken {
     with_normalize(normalize_, [&](auto normalize) ALUM_LAMBDA {
       with_norm(norm_, [&](auto norm) ALUM_LAMBDA {
         each([&](int64_t h, auto count, Vec delta, Vec g) ALUM_LAMBDA {
-          const Vec free = moved<decltype(normalize)::value>(delta, g, step_, group);
-          put(h, count, projected<decltype(norm)::value>(free, epsilon_, group));
+          const Vec free = moved(normalize, delta, g, step_, group);
+          put(h, count, projected(norm, free, epsilon_, group));
         });
       });
     });
@@ -96,8 +96,8 @@ class AscentToken {
       each([&](int64_t h, auto count, Vec delta, Vec g) ALUM_LAMBDA {
         irregular |= is_irregular(g);
         largest = larger_of(absolute(g), largest);
-        const Vec free = moved<decltype(normalize)::value>(delta, g, step_, group);
-        put(h, count, projected<decltype(norm)::value>(free, epsilon_, group));
+        const Vec free = moved(normalize, delta, g, step_, group);
+        put(h, count, projected(norm, free, epsilon_, group));
       });
     };
     const auto with_projection = [&](auto normalize) ALUM_LAMBDA {
@@ -146,8 +146,8 @@ class AscentToken {
     each([&](int64_t h, auto count, Vec delta, Vec g) ALUM_LAMBDA {
       Vec free = delta, bound = delta;
       with_normalize(normalize_, [&](auto normalize)
-                                     ALUM_LAMBDA { free = moved<decltype(normalize)::value>(delta, g, step_, group); });
-      with_norm(norm_, [&](auto norm) ALUM_LAMBDA { bound = projected<decltype(norm)::value>(free, epsilon_, group); });
+                                     ALUM_LAMBDA { free = moved(normalize, delta, g, step_, group); });
+      with_norm(norm_, [&](auto norm) ALUM_LAMBDA { bound = projected(norm, free, epsilon_, group); });
       const Vec e = load_some(embeds_ + h, count);
       squares += bound * bound;
       clipped += bound != free;
@@ -187,8 +187,8 @@ void ascent_tokens(const AscentArguments& args, int64_t begin, int64_t end) {
     if (normless && row.write_assuming_finite()) continue;
     GroupNorms group;
     for (int i = 0; i < list.count; ++i) {
-      const TokenPartial partial = row.reduce(list.phases[i], group);
-      absorb(group, list.phases[i], partial.value, partial.non_finite == 0.0f);
+      const TokenPartial partial = row.reduce(list[i], group);
+      absorb(group, list[i], partial.value, partial.non_finite == 0.0f);
     }
     row.write(group);
   }

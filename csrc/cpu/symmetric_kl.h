@@ -91,8 +91,8 @@ RowExtremes row_extremes(const RowPair<T>& row) {
 }
 
 ALUM_INLINE NarrowSums<double> total(const NarrowSums<double>& t, const NarrowSums<Vec>& s) {
-  return {t.l1 + sum_lanes(s.l1), t.l2 + sum_lanes(s.l2), t.a + sum_lanes(s.a), t.b + sum_lanes(s.b),
-          t.c + sum_lanes(s.c)};
+  return {t.l1 + sum_lanes(s.l1), t.l2 + sum_lanes(s.l2), t.p + sum_lanes(s.p),
+          t.a + sum_lanes(s.a),   t.b + sum_lanes(s.b),   t.c + sum_lanes(s.c)};
 }
 
 ALUM_INLINE WideSums<double> total(const WideSums<double>& t, const WideSums<Vec>& s) {
@@ -187,7 +187,7 @@ void write_row_sides(const RowPair<T>& row, const RowStatistics<float>& stats, f
                                broadcast<Vec>(stats.mean_p), broadcast<Vec>(stats.mean_q)};
   const Vec factor = broadcast<Vec>(upstream * inv_temperature);
   row.each_counted(0, row.columns, [&](int64_t v, auto count, Vec a, Vec b) ALUM_LAMBDA {
-    const Gradients<Vec> g = class_gradient<kRule>(Logits<Vec>{a, b}, all, inv_temperature);
+    const Gradients<Vec> g = class_gradient(kRule, Logits<Vec>{a, b}, all, inv_temperature);
     if (kSideA) store_some(grad_a + v, g.da * factor, count);
     if (kSideB) store_some(grad_b + v, g.db * factor, count);
   });
@@ -270,7 +270,7 @@ void write_tile_gradient(RowTiles& tiles, const DivergenceArguments& args, const
   with_rule(args, [&](auto rule) {
     constexpr Rule kRule = decltype(rule)::value;
     for (int v = 0; v < tiles.columns; ++v) {
-      const auto g = class_gradient<kRule>(tiles(v), stats, args.inv_temperature);
+      const auto g = class_gradient(kRule, tiles(v), stats, args.inv_temperature);
       tiles.grad_a.columns()[v] = settle(g.da);
       tiles.grad_b.columns()[v] = settle(g.db);
     }
@@ -335,9 +335,9 @@ void divergence_loss_and_gradient_rows(const DivergenceArguments& args, int64_t 
 ALUM_INLINE ExactRow<Vec> analyse_tiles(const RowTiles& tiles, const DivergenceArguments& args, Vec weight) {
   ExactRow<Vec> row;
   if (args.divergence == Divergence::kKl) {
-    row = exact_row<Vec, Divergence::kKl, kExactColumns>(tiles, tiles.columns, args.inv_temperature);
+    row = exact_row<Vec, kExactColumns>(Divergence::kKl, tiles, tiles.columns, args.inv_temperature);
   } else {
-    row = exact_row<Vec, Divergence::kSymmetricKl, kExactColumns>(tiles, tiles.columns, args.inv_temperature);
+    row = exact_row<Vec, kExactColumns>(Divergence::kSymmetricKl, tiles, tiles.columns, args.inv_temperature);
   }
   row.loss = weight == Vec{} ? Vec{} : row.loss;
   return row;

@@ -11,6 +11,9 @@ void divergence_loss(const DivergenceArguments& args, void* stream);
 void divergence_gradient(const DivergenceArguments& args, void* stream);
 void divergence_loss_and_gradient(const DivergenceArguments& args, void* stream);
 
+// Device memory that projected_ascent wants in args.scratch.
+int64_t ascent_scratch_bytes(const AscentArguments& args);
+
 // torch's current stream of a device, as a cudaStream_t.
 void* current_stream(int32_t device_index);
 

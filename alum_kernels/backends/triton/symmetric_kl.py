@@ -11,10 +11,11 @@ Both loss kernels write the gradient of a in the same launch where it is wanted;
     writes  loss (O, I) fp32, statistics (5, O, I) fp32; da, db (O, I, V). Nothing else of the size of the logits exists.
 
 The running sums of the stream, with w2 = e^(b - M), w1 = w2 e^d, d = (a - b) - c, M and c at the largest b so far:
-L1 = sum w1, L2 = sum w2, A = sum w2 d, B = sum (w1 - w2), C = sum (w1 - w2) d. When a block raises the largest b, then with
-D = c_new - c, and after scaling all by e^(M - M_new), in this order:
+L1 = sum w1, L2 = sum w2, B = sum (w1 - w2), P = sum w1 d, A = sum w2 d, C = sum (w1 - w2) d. When a block raises the largest
+b, then with D = c_new - c, and after scaling all by e^(M - M_new), in this order:
 
-    B' = e^-D B + expm1(-D) L2      C' = e^-D C + expm1(-D) A - D B'      A' = A - D L2      L1' = e^-D L1
+    B' = e^-D B + expm1(-D) L2      C' = e^-D C + expm1(-D) A - D B'      A' = A - D L2      P' = e^-D (P - D L1)
+    L1' = e^-D L1
 """
 
 import triton
@@ -269,6 +270,7 @@ def _stream_rows(
     sum_a = tl.full((), 0.0, tl.float64)
     sum_b = tl.full((), 0.0, tl.float64)
     sum_c = tl.full((), 0.0, tl.float64)
+    sum_p = tl.full((), 0.0, tl.float64)
     wide = tl.full((), 0, tl.int32)
     irregular = tl.full((), 0, tl.int32)
     one_sided = tl.full((), 0, tl.int32)
@@ -301,6 +303,7 @@ def _stream_rows(
         new_sum_b = fall * (lift * sum_b + change * l2)
         sum_c = fall * (lift * sum_c + change * sum_a) - shift64 * new_sum_b
         sum_a = fall * (sum_a - shift64 * l2)
+        sum_p = fall * lift * (sum_p - shift64 * l1)
         l1, l2, sum_b = fall * lift * l1, fall * l2, new_sum_b
         max_b, c = new_b, new_c
 
@@ -310,6 +313,7 @@ def _stream_rows(
         w1, w2, difference = _weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0, bounded)
         l1 += tl.sum(w1, 0).to(tl.float64)
         l2 += tl.sum(w2, 0).to(tl.float64)
+        sum_p += tl.sum(w1 * d, 0).to(tl.float64)
         sum_a += tl.sum(w2 * d, 0).to(tl.float64)
         sum_b += tl.sum(difference, 0).to(tl.float64)
         sum_c += tl.sum(difference * d, 0).to(tl.float64)
@@ -320,7 +324,7 @@ def _stream_rows(
         l1 = tl.full((), 0.0, tl.float64)
         l2 = tl.full((), 0.0, tl.float64)
         sum_a = tl.full((), 0.0, tl.float64)
-        sum_b = tl.full((), 0.0, tl.float64)
+        sum_p = tl.full((), 0.0, tl.float64)
         for start in range(0, length, BLOCK):
             column, inside, a, b = _block(a_row, b_row, start, columns, BLOCK)
             dead = b == -INFINITY
@@ -330,16 +334,15 @@ def _stream_rows(
             l1 += tl.sum(w1, 0).to(tl.float64)
             l2 += tl.sum(w2, 0).to(tl.float64)
             sum_a += tl.sum(w2 * d, 0).to(tl.float64)
-            sum_b += tl.sum(w1 * d, 0).to(tl.float64)
+            sum_p += tl.sum(w1 * d, 0).to(tl.float64)
 
     l1, l2 = tl.where(undefined | (l1 <= 0.0), 1.0, l1), tl.where(undefined | (l2 <= 0.0), 1.0, l2)
-    mean_q = sum_a / l2
+    mean_p, mean_q = sum_p / l1, sum_a / l2
     gap = (max_a.to(tl.float64) - max_b.to(tl.float64)) * inv_temperature - c.to(tl.float64)
     change = tl.where((wide != 0) | undefined, 0.0, sum_b / l2).to(tl.float32)
     own = log((l1 / l2).to(tl.float32))
     near = log1p(tl.where(change > -0.5, change, 0.0))
     log_ratio = tl.where(wide != 0, gap.to(tl.float32) + own, tl.where(change > -0.5, near, own))
-    mean_p = tl.where(wide != 0, sum_b / l1, (sum_a + sum_c) / l1)
     loss = tl.where(wide != 0, mean_p - mean_q, sum_c / l1 - mean_q * (sum_b / l1)).to(tl.float32)
     lse_b = max_b * inv_temperature + log(l2.to(tl.float32))
     mean_p, mean_q = mean_p.to(tl.float32), mean_q.to(tl.float32)
