@@ -1,0 +1,57 @@
+# demo       virtual environment, install, the main job on real text, demo-output/report.html
+# test       virtual environment, install, the tests
+# lint       ruff and clang-format
+# bench      accuracy, ops and whole steps, printed
+# gpu-check  on a CUDA machine: build, GPU tests, compute-sanitizer, op benchmark; needs no network
+#
+# PYTHON     the interpreter to start from (its torch is used if it has one)
+# TORCH      what to install where there is none
+# ARGS       arguments for the demo, such as ARGS="--train train.tsv --dev dev.tsv"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml VERSION $(wildcard csrc/*.cpp csrc/*/*)
+
+# Compiling CUDA code takes minutes: only where there is a GPU, or on demand (ALUM_CUDA=1).
+ifeq ($(shell nvidia-smi -L 2>/dev/null),)
+export ALUM_CUDA ?= 0
+endif
+
+.PHONY: demo test lint bench gpu-check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m examples.demo $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.test
+	$(BIN)/pip install -q ruff clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*)
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.ops
+	$(BIN)/python -m benchmarks.step
+
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
+
+clean:
+	rm -rf $(VENV) build demo-output alum_kernels/_C*.so alum_kernels/_build.json
+
+# A torch that the interpreter already has is kept, whatever it was built for.
+$(VENV)/.torch:
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then site=--system-site-packages; else site=; fi; \
+	  echo "virtual environment $(VENV) $$site"; $(PYTHON) -m venv --clear $$site $(VENV)
+	$(BIN)/pip install -q --upgrade pip "setuptools>=77" wheel cmake ninja pybind11
+	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "installing $(TORCH)"; $(BIN)/pip install -q $(TORCH); }
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.torch $(NATIVE_SOURCES)
+	@echo "building and installing alum_kernels[$(subst .,,$(notdir $@))]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[$(subst .,,$(notdir $@))]"
+	@touch $@

@@ -1,0 +1,110 @@
+"""A small call of every CUDA kernel, for compute-sanitizer: odd sizes, masks, strided rows, every path by size.
+
+    compute-sanitizer --tool memcheck python -m benchmarks.every_kernel [--backend native triton]
+
+Results are compared with the reference, so that a run that reads nothing wrong but computes nonsense fails as well.
+"""
+
+import argparse
+import itertools
+import sys
+
+import torch
+
+import alum_kernels
+from alum_kernels.ops.projected_ascent import LEVELS, NORMALIZE, NORMS
+
+COLUMNS = (1, 3, 64, 65, 130, 2056, 30522)
+"""A class; short rows; their end; odd and even long ones; rows that are summed without terms; a vocabulary."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def close(name: str, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    tolerance = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    torch.testing.assert_close(
+        ours.double(), expected.double(), rtol=tolerance, atol=tolerance * 1e-2, msg=lambda text: f"{name}: {text}"
+    )
+
+
+def token_kernels(backend: str, device: torch.device) -> int:
+    """Noise and ascent at a hidden size that no vector divides."""
+    calls = 0
+    for dtype in DTYPES:
+        embeds = torch.randn(3, 5, 37, device=device).to(dtype)
+        grad = torch.randn(3, 5, 37, device=device).to(dtype)
+        mask = torch.ones(3, 5, dtype=torch.int64, device=device)
+        mask[1, 3:] = 0
+        seed = torch.tensor([7], device=device)
+        for distribution in ("normal", "uniform"):
+            options = {"std": 1e-2, "seed": seed, "mask": mask, "distribution": distribution, "return_delta": True}
+            ours = alum_kernels.noise_init(embeds, backend=backend, **options)
+            expected = alum_kernels.noise_init(embeds, backend="reference", **options)
+            for side, other in zip(ours, expected, strict=True):
+                close(f"noise_init {distribution}", side, other, dtype)
+            calls += 1
+        for norm, normalize, level in itertools.product(NORMS, NORMALIZE, LEVELS):
+            options = {
+                "std": 1e-2,
+                "seed": seed,
+                "step_size": 1e-2,
+                "epsilon": 1e-2,
+                "norm": norm,
+                "normalize": normalize,
+                "level": level,
+                "mask": mask,
+                "return_delta": True,
+                "return_stats": True,
+            }
+            perturbed, delta, statistics = alum_kernels.projected_ascent(embeds, grad, backend=backend, **options)
+            expected = alum_kernels.projected_ascent(embeds, grad, backend="reference", **options)
+            close(f"projected_ascent {norm} {normalize} {level}", perturbed, expected[0], dtype)
+            close(f"projected_ascent {norm} {normalize} {level} delta", delta, expected[1], torch.float32)
+            close("projected_ascent squared length", statistics[..., 0], expected[2][..., 0], torch.float32)
+            calls += 1
+    return calls
+
+
+def divergence_kernels(backend: str, device: torch.device) -> int:
+    """Loss, gradient, and both at once, on contiguous rows and on rows cut out of a wider tensor."""
+    calls = 0
+    for dtype, columns, divergence in itertools.product(DTYPES, COLUMNS, ("symmetric_kl", "kl")):
+        function = getattr(alum_kernels, divergence)
+        wide = torch.randn(2, 5, columns + 3, device=device)
+        moved = wide + 0.1 * torch.randn_like(wide)
+        for cut in (slice(0, columns), slice(1, columns + 1)):
+            b = wide[..., cut].to(dtype) if cut.start == 0 else wide.to(dtype)[..., cut]
+            a = moved[..., cut].to(dtype) if cut.start == 0 else moved.to(dtype)[..., cut]
+            mask = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 1, 1, 1]], device=device)
+            results = {}
+            for served in (backend, "reference"):
+                left, right = a.detach().requires_grad_(), b.detach().requires_grad_()
+                loss = function(left, right, mask=mask, backend=served)
+                loss.backward()
+                total, grad = alum_kernels.symmetric_kl_grad(
+                    a, b, mask=mask, divergence=divergence, gradient="detach_clean", backend=served
+                )
+                results[served] = (loss.detach(), left.grad, right.grad, total, grad)
+            for ours, expected in zip(results[backend], results["reference"], strict=True):
+                close(f"{divergence} {columns} {dtype}", ours, expected, dtype)
+            calls += 3
+    return calls
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.every_kernel", description=__doc__)
+    parser.add_argument("--backend", nargs="*", default=["native"], choices=["native", "triton"])
+    parser.add_argument("--device", default="cuda")
+    chosen = parser.parse_args()
+    device = torch.device(chosen.device)
+    torch.manual_seed(0)
+    for backend in chosen.backend:
+        calls = token_kernels(backend, device) + divergence_kernels(backend, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        print(f"{backend} on {device}: {calls} calls agree with the reference")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

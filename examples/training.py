@@ -1,0 +1,135 @@
+"""A plain PyTorch training loop, for standard and adversarial training alike, and what it measured."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from alum_kernels import AdversarialConfig, AdversarialObjective
+from examples.corpora import LabelledText
+
+Batch = dict[str, Tensor]
+
+TELEMETRY_INTERVAL = 5
+WARM_UP_SHARE = 0.1
+
+
+@dataclass
+class Run:
+    """One training: its curves by step, and its figures on held-out text once it is evaluated."""
+
+    task: str
+    method: str
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    telemetry: list[dict[str, float]] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median over the steps, without the first, which warms caches up."""
+        ordered = sorted(self.seconds[1:] or self.seconds)
+        return ordered[len(ordered) // 2]
+
+    def mean_telemetry(self, name: str) -> float | None:
+        values = [figures[name] for figures in self.telemetry if name in figures]
+        return sum(values) / len(values) if values else None
+
+
+def train(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    run: Run,
+    config: AdversarialConfig | None,
+    *,
+    learning_rate: float,
+    device: torch.device,
+) -> Run:
+    """One pass over the batches with AdamW; ``config`` None is standard training. ``run`` is filled as it goes."""
+    model.to(device).train()
+    objective = None if config is None else AdversarialObjective(model, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    warm_up = max(1, int(len(batches) * WARM_UP_SHARE))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (len(batches) - step) / max(1, len(batches) - warm_up))
+    )
+    try:
+        with tqdm(batches, desc=f"{run.task}, {run.method}", unit="step", dynamic_ncols=True) as progress:
+            for step, batch in enumerate(progress):
+                placed = {name: tensor.to(device) for name, tensor in batch.items()}
+                started = _clock(device)
+                optimizer.zero_grad(set_to_none=True)
+                if objective is None:
+                    loss = model(**placed).loss
+                    loss.backward()
+                else:
+                    loss = objective.backward(placed)["task_loss"]
+                optimizer.step()
+                run.seconds.append(_clock(device) - started)
+                schedule.step()
+                run.steps.append(step)
+                run.losses.append(float(loss))
+                if objective is not None and (step + 1) % TELEMETRY_INTERVAL == 0:
+                    run.telemetry.append({"step": step, **objective.telemetry.read()})
+                progress.set_postfix(loss=f"{run.losses[-1]:.3f}")
+    finally:
+        if objective is not None:
+            objective.remove_hooks()
+    return run
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def classification_batches(
+    tokenizer, texts: LabelledText, *, size: int, length: int, generator: torch.Generator | None = None
+) -> Iterator[Batch]:
+    """Padded batches in order, or endlessly in the random order of ``generator``."""
+    while True:
+        order = torch.randperm(len(texts), generator=generator) if generator else torch.arange(len(texts))
+        for chosen in order.split(size):
+            rows = [texts.texts[index] for index in chosen]
+            if generator and len(rows) < size:
+                continue
+            pairs = [row[1] for row in rows] if len(rows[0]) == 2 else None
+            encoded = tokenizer(
+                [row[0] for row in rows], pairs, truncation=True, max_length=length, padding=True, return_tensors="pt"
+            )
+            yield {**encoded, "labels": torch.tensor([texts.labels[index] for index in chosen])}
+        if generator is None or len(texts) < size:
+            return
+
+
+def take(batches: Iterable[Batch], count: int) -> list[Batch]:
+    return list(islice(batches, count))
+
+
+def masked_lm_batches(
+    tokenizer, paragraphs: Sequence[str], *, size: int, length: int, seed: int
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches of blocks of ``length`` tokens with 15 % of them to be predicted: for training, and a tenth held out."""
+    from transformers import DataCollatorForLanguageModeling
+
+    tokens = tokenizer(list(paragraphs), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    stream = [token for paragraph in tokens for token in (*paragraph, tokenizer.sep_token_id)]
+    inside = length - 2
+    blocks = [
+        [tokenizer.cls_token_id, *stream[start : start + inside], tokenizer.sep_token_id]
+        for start in range(0, len(stream) - inside, inside)
+    ]
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, seed=seed)
+    batches = [
+        dict(collate([{"input_ids": blocks[index]} for index in order[start : start + size]]))
+        for start in range(0, len(order) - size + 1, size)
+    ]
+    held_out = max(1, len(batches) // 10)
+    return batches[held_out:], batches[:held_out]

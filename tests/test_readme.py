@@ -1,0 +1,55 @@
+"""The code of the README runs as it stands, given the model and data that it assumes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_is_an_example_of_each_use():
+    assert len(BLOCKS) == 3
+    assert [
+        word in block for word, block in zip(("noise_init", "AdversarialObjective", "Trainer"), BLOCKS, strict=True)
+    ]
+
+
+def test_kernel_example():
+    names: dict = {}
+    exec(BLOCKS[0], names)
+    assert names["inner"].detach() > 0
+    assert names["embeds"].grad.abs().sum() > 0
+    assert (names["perturbed"] - names["embeds"]).abs().max() <= 1.001e-2
+
+
+@pytest.fixture
+def classifier():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, num_labels=3, **shape))
+
+
+def test_loop_example(classifier):
+    batch = {"input_ids": torch.randint(1, 50, (4, 6)), "labels": torch.tensor([0, 1, 2, 1])}
+    before = classifier.classifier.weight.detach().clone()
+    names = {"model": classifier, "loader": [batch, batch], "optimizer": torch.optim.SGD(classifier.parameters(), 0.1)}
+    exec(BLOCKS[1], names)
+    assert not torch.equal(before, classifier.classifier.weight)
+
+
+def test_trainer_example(classifier, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": [2, 3, 4 + index], "labels": index % 3} for index in range(8)]
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, logging_steps=1, report_to=[], use_cpu=True
+    )
+    names = {"model": classifier, "args": args, "train": rows}
+    exec(BLOCKS[2], names)
+    logged = [entry for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    assert all(any("ascent_gain" in name for name in entry) for entry in logged)
