@@ -34,7 +34,7 @@ class Head:
         check_choice("head", self.name, HEADS)
 
     def logits(self, outputs: Any) -> Tensor:
-        """The predictions in what a model returned: an object or mapping with ``logits``, a tuple, or a tensor."""
+        """The predictions in what a model returned: an object or mapping with ``logits``, or a tensor."""
         if isinstance(outputs, Tensor):
             found = outputs
         elif isinstance(outputs, Mapping):
@@ -54,7 +54,9 @@ class Head:
             return None
         labels = batch.get("labels")
         if not isinstance(labels, Tensor):
-            raise ValueError("batch: expected 'labels' (B, S) for a masked_lm head, whose labelled positions are compared")
+            raise ValueError(
+                "batch: expected 'labels' (B, S) for a masked_lm head, whose labelled positions are compared"
+            )
         return labels != IGNORED_LABEL
 
     def divergence(

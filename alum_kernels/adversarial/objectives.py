@@ -50,7 +50,9 @@ class AdversarialOutput:
     @property
     def logits(self) -> Tensor:
         """Logits of the clean pass."""
-        return self.outputs if isinstance(self.outputs, Tensor) else self.outputs["logits"]
+        if isinstance(self.outputs, Tensor):
+            return self.outputs
+        return self.outputs["logits"] if isinstance(self.outputs, Mapping) else self.outputs.logits
 
 
 class AdversarialObjective:
@@ -205,6 +207,8 @@ class AdversarialObjective:
         if config.telemetry:
             rows = adv_logits.shape[:-1].numel() if mask is None else mask.sum()
             climbed = {} if start is None else {"start": start, "end": divergence * rows}
+            if climbed and config.ascent_divergence != config.divergence:
+                climbed["end"], _ = self._divergence_sum(adv_logits, logits, mask, divergence=config.ascent_divergence)
             steps = torch.ones_like(divergence)
             self.telemetry.add(divergence=divergence, steps=steps, **climbed, **perturbation.figures())
         if check_signal:
@@ -227,9 +231,7 @@ class AdversarialObjective:
             if self._generator_state is not None:
                 self._generator.set_state(self._generator_state)
                 self._generator_state = None
-        return torch.randint(
-            -(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=self._generator
-        )
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=self._generator)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs so that the noise goes on where it stopped."""

@@ -55,7 +55,7 @@ class Perturbation:
         self._config = config
         self._constants = constants
         self._embeds = embeds
-        self._masks = [_attention_mask(batch, embed) for embed in embeds]
+        self._masks = [attention_mask_of(batch, embed) for embed in embeds]
         self._noise = {"seed": seed, "distribution": config.distribution, "sample_offset": sample_offset}
         self._grads: Sequence[Tensor] | None = None
         self._deltas: list[Tensor | None] = [None] * len(embeds)
@@ -143,7 +143,7 @@ class Perturbation:
         )
 
 
-def _attention_mask(batch: Mapping[str, Any], embeds: Tensor) -> Tensor | None:
+def attention_mask_of(batch: Mapping[str, Any], embeds: Tensor) -> Tensor | None:
     """The batch's attention mask for a (B, S, H) module output: the one of its shape, or None if there is none."""
     masks = [batch[key] for key in ("attention_mask", "decoder_attention_mask") if isinstance(batch.get(key), Tensor)]
     for mask in masks:

@@ -32,14 +32,17 @@ class Telemetry:
             ``divergence`` (mean over rows, per step), ``ascent_gain`` (divergence at the climbed perturbation over
             that at the noise it started from), ``delta_rms`` (root mean square of an element of the perturbation),
             ``clipped`` and ``unrepresentable`` (shares of its elements that the projection changed, and that the dtype
-            of the embeddings lost), ``non_finite`` (gradient elements, a step), ``signal_ratio`` where it was measured.
+            of the embeddings lost), ``non_finite`` (gradient elements, a step), ``signal_ratio`` where it was
+            measured (0 where half the perturbation changes nothing).
         """
         if not self._sums:
             return {}
         names = sorted(self._sums)
         total = dict(zip(names, torch.stack([self._sums[name] for name in names]).tolist(), strict=True))
         self._sums = {}
-        figures = {"divergence": total["divergence"] / total["steps"]}
+        figures = {}
+        if "divergence" in total:
+            figures["divergence"] = total["divergence"] / total["steps"]
         if total.get("start", 0.0) > 0:
             figures["ascent_gain"] = total["end"] / total["start"]
         if total.get("elements", 0.0) > 0:
@@ -48,8 +51,9 @@ class Telemetry:
             figures["clipped"] = total["clipped"] / elements
             figures["unrepresentable"] = total["unrepresentable"] / elements
             figures["non_finite"] = total["non_finite"] / total["steps"]
-        if total.get("signal_half", 0.0) > 0:
-            figures["signal_ratio"] = total["signal_full"] / total["signal_half"]
+        if "signal_half" in total:
+            half = total["signal_half"]
+            figures["signal_ratio"] = total["signal_full"] / half if half != 0 else 0.0
             self._warn(figures["signal_ratio"])
         return figures
 
@@ -57,7 +61,7 @@ class Telemetry:
         if ratio < SIGNAL_RATIO and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the divergence falls by {ratio:.2f} when the perturbation is halved, where a signal falls by about 4: "
+                f"J(delta) / J(delta / 2) is {ratio:.2f}, where a signal has about 4: "
                 "epsilon lies in the rounding noise of the training precision; raise it or train in fp32",
                 stacklevel=3,
             )
