@@ -1,6 +1,7 @@
 """Registers, shared memory and spills of every kernel on every architecture, compiled ahead of time.
 
     python -m benchmarks.resources                      # Triton kernels for sm_80, sm_90, sm_100, and the built module
+    python -m benchmarks.resources --cuda-only --module build/symmetric_kl.o
     python -m benchmarks.resources --json resources.json
 
 No GPU is needed: Triton compiles for a named target, and the figures are read from the machine code, its own and that
@@ -8,19 +9,25 @@ in the native module. A kernel that spills is an error: the exit status is 1.
 """
 
 import argparse
+import importlib.util
 import itertools
-import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from benchmarks.machine import facts, write_results
+from benchmarks.table import Table
 
 TRITON_TARGETS = (80, 90, 100)
 POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
@@ -54,9 +61,7 @@ def _types(kernel: Any, storage: str, constants: dict[str, Any]) -> dict[str, st
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
-        elif name == "seed_ptr":
-            kinds[name] = "*i64"
-        elif name == "mask_ptr":
+        elif name == "seed_ptr" or name == "mask_ptr":
             kinds[name] = "*i64"
         elif name in ("embeds_ptr", "grad_ptr", "perturbed_ptr", "a_ptr", "b_ptr", "grad_a_ptr", "grad_b_ptr"):
             kinds[name] = POINTERS[storage]
@@ -113,7 +118,11 @@ def triton_variants(every: bool = False) -> Iterator[Variant]:
                         ROWS=min(symmetric_kl.TILE_COLUMNS // columns, 256), COLUMNS=columns,
                     )  # fmt: skip
                 yield variant(
-                    f"{role} stream {label}", symmetric_kl._stream_rows, storage, symmetric_kl.STREAM_WARPS, **common,
+                    f"{role} stream {label}",
+                    symmetric_kl._stream_rows,
+                    storage,
+                    symmetric_kl.STREAM_WARPS,
+                    **common,
                     BLOCK=symmetric_kl.STREAM_BLOCK,
                 )
             for columns in (4, symmetric_kl.GRADIENT_BLOCK):
@@ -124,18 +133,26 @@ def triton_variants(every: bool = False) -> Iterator[Variant]:
                 )  # fmt: skip
 
 
-def _cuobjdump() -> Path:
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _tool(name: str) -> str:
+    """A CUDA binary utility: the toolkit's, or the one that comes with Triton."""
+    found = shutil.which(name)
+    if found is None and (triton := importlib.util.find_spec("triton")) is not None and triton.origin is not None:
+        found = shutil.which(name, path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    if found is None:
+        raise RuntimeError(f"{name}: neither on the PATH nor in the triton package")
+    return found
 
 
 def _read_machine_code(path: Path | str) -> Iterator[Usage]:
-    """Usage of every function in a cubin or a shared object. Whatever is spilt lies in the stack frame."""
+    """Usage of every function in a cubin, an object file or a shared object, for every architecture in it.
+
+    Whatever is spilt lies in the stack frame. Shared memory is the kernel's own, from sm_90 on with the 1 KiB that the
+    driver takes, without what a launch adds.
+    """
     report = subprocess.run(
-        [_cuobjdump(), "--dump-resource-usage", path], check=True, capture_output=True, text=True
+        [_tool("cuobjdump"), "--dump-resource-usage", path], check=True, capture_output=True, text=True
     ).stdout
-    architecture, name = "", ""
+    architecture, name = "-", ""  # the report on a cubin names none
     for line in report.splitlines():
         if found := re.search(r"arch = (sm_\w+)", line):
             architecture = found.group(1)
@@ -167,22 +184,38 @@ def compile_triton(variant: Variant, capability: int) -> Usage:
     )
 
 
-def cuda_usage() -> list[Usage]:
-    """Usage of every CUDA kernel in the native module; empty if it was built without."""
-    from alum_kernels.backends.native import load
+def cuda_usage(path: Path | None = None) -> list[Usage]:
+    """Usage of every CUDA kernel in the native module, or in the module or object file at ``path``.
 
-    module, reason = load()
-    if module is None:
-        raise RuntimeError(f"native module: {reason}")
-    if not module.build_info()["cuda_architectures"]:
-        return []
-    usages = {replace(usage, kernel=f"cuda {_demangle(usage.kernel)}") for usage in _read_machine_code(module.__file__)}
+    Empty if the native module was built without CUDA. A file that was named and holds no machine code raises.
+    """
+    if path is None:
+        from alum_kernels.backends.native import load
+
+        module, reason = load()
+        if module is None:
+            raise RuntimeError(f"native module: {reason}")
+        if not module.build_info()["cuda_architectures"]:
+            return []
+        path = Path(module.__file__)
+    found = set(_read_machine_code(path))
+    if not found:
+        raise RuntimeError(f"{path}: no CUDA machine code in it")
+    names = _demangled(sorted({usage.kernel for usage in found}))
+    usages = [replace(usage, kernel=f"cuda {names[usage.kernel]}") for usage in found]
     return sorted(usages, key=lambda usage: (usage.kernel, usage.architecture))
 
 
-def _demangle(name: str) -> str:
-    text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=False).stdout.strip() or name
-    return re.sub(r"\(anonymous namespace\)::|alum::|cuda::|portable::|\(alum.*\)$|\(.*Arguments.*\)$|^void ", "", text)
+def _demangled(names: list[str]) -> dict[str, str]:
+    """Kernel names without namespaces, return type and arguments; as they are where there is no c++filt."""
+    tool = shutil.which("c++filt") or shutil.which("cu++filt")
+    if tool is None:
+        return {name: name for name in names}
+    texts = subprocess.run(
+        [tool], input="\n".join(names), check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    bare = (re.sub(r"\(anonymous namespace\)::|\b(alum|cuda|portable)::|^void ", "", text) for text in texts)
+    return {name: re.sub(r"\([A-Z]\w*Arguments\b.*$", "", text) for name, text in zip(names, bare, strict=True)}
 
 
 def _compile_number(task: tuple[int, int, bool]) -> Usage:
@@ -197,32 +230,39 @@ def triton_usage(every: bool = False, targets: tuple[int, ...] = TRITON_TARGETS)
         yield from pool.map(_compile_number, tasks)
 
 
+def _report(usages: Iterable[Usage]) -> list[Usage]:
+    """Print usages as they come."""
+    table = Table([("kernel", 66), ("arch", 8), ("regs", 5), ("shared", 7), ("spilt", 6)], text_columns=2)
+    shown = []
+    for usage in usages:
+        table.row(usage.kernel, usage.architecture, str(usage.registers), str(usage.shared), str(usage.spilt))
+        shown.append(usage)
+    return shown
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    parser.add_argument("--json", type=Path, help="file or folder for the results")
     parser.add_argument("--triton-only", action="store_true", help="leave the native module out")
+    parser.add_argument("--cuda-only", action="store_true", help="leave Triton out")
+    parser.add_argument("--module", type=Path, help="native module, object file or cubin to inspect (the built module)")
     parser.add_argument("--every", action="store_true", help="every combination of choices, not only every branch")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels do not compile")
-    usages: list[Usage] = []
-    print(f"{'kernel':<66} {'arch':<8} {'regs':>5} {'shared':>7} {'spilt':>6}")
-
-    def show(usage: Usage) -> None:
-        usages.append(usage)
-        print(
-            f"{usage.kernel:<66} {usage.architecture:<8} {usage.registers:>5} {usage.shared:>7} {usage.spilt:>6}",
-            flush=True,
-        )
-
-    for usage in triton_usage(options.every):
-        show(usage)
-    if not options.triton_only:
-        for usage in cuda_usage():
-            show(usage)
+    if options.triton_only and (options.cuda_only or options.module):
+        parser.error("--triton-only: excludes --cuda-only and --module")
+    in_module = [] if options.triton_only else cuda_usage(options.module)
+    if not in_module and not options.triton_only:
+        print("the native module was built without CUDA: none of its kernels are in the table")
+    of_triton = iter(()) if options.cuda_only else triton_usage(options.every)
+    usages = _report(itertools.chain(of_triton, in_module))
     if options.json:
-        options.json.write_text(json.dumps([asdict(usage) for usage in usages], indent=1) + "\n")
+        known = facts(torch.device("cpu"))
+        write_results(options.json, "resources", known, results=[asdict(usage) for usage in usages])
     spilling = [usage for usage in usages if usage.spilt]
+    for usage in spilling:
+        print(f"spills: {usage.kernel} on {usage.architecture}, {usage.spilt} bytes a thread")
     print(f"{len(usages)} compiled kernels, {len(spilling)} spill")
     return 1 if spilling else 0
 

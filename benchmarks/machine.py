@@ -1,0 +1,122 @@
+"""Where a figure was measured: facts about the machine, written into every result file beside the measurements."""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alum_kernels.backends import native
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("alum-kernels", "torch", "triton", "transformers", "liger-kernel", "smart-pytorch", "numpy")
+
+
+def cpu_model() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints, or None where there is no such program or it fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return ran.stdout.strip() if ran.returncode == 0 else None
+
+
+def commit() -> str:
+    """Hash of the checkout, ``+changes`` where files differ from it; ``unknown`` without git."""
+    found = _output("git", "rev-parse", "HEAD")
+    if not found:
+        return "unknown"
+    return f"{found}+changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu_facts() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "driver": driver.splitlines()[0] if driver else None,
+        "cuda": torch.version.cuda,
+    }
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Facts of the machine as JSON has them; ``load_average`` tells whether something else was running."""
+    module, reason = native.load()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": device.type,
+        "cpu": cpu_model(),
+        "logical_cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "native": reason if module is None else module.build_info(),
+        "gpu": _gpu_facts() if device.type == "cuda" else None,
+    }
+
+
+def describe(known: dict[str, Any]) -> str:
+    """One line for the head of a table."""
+    place = known["gpu"]["name"] if known["gpu"] else f"{known['cpu']}, {known['threads']} threads"
+    packages = known["packages"]
+    revision, _, changes = known["commit"].partition("+")
+    short = revision[:12] + (f"+{changes}" if changes else "")
+    return (
+        f"{place}; torch {packages['torch']}, triton {packages['triton']}; load {known['load_average']}; commit {short}"
+    )
+
+
+def slug(known: dict[str, Any]) -> str:
+    """The machine in a file name: of the GPU, or of the CPU and the number of threads."""
+    name = known["gpu"]["name"] if known["gpu"] else f"{known['cpu']} {known['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write_results(path: Path, what: str, known: dict[str, Any], **content: Any) -> Path:
+    """Write one measurement as JSON.
+
+    Args:
+        path: a file, or a folder (one that exists, or a path without a suffix), in which the file is called
+            ``<machine>-<what>.json``.
+        what: ``ops``, ``accuracy``, ``step`` or ``resources``.
+        known: of :func:`facts`, taken when the measurement began.
+        content: the measurements.
+
+    Returns:
+        The file.
+    """
+    if path.is_dir() or not path.suffix:
+        path = path / f"{slug(known)}-{what}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"benchmark": what, "machine": known, **content}, indent=1) + "\n")
+    print(f"written: {path}")
+    return path
