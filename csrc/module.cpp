@@ -29,8 +29,7 @@ py::dict build_info() {
 }
 
 std::array<uint32_t, 4> philox(uint64_t seed, std::array<uint32_t, 4> counter) {
-  const alum::Words<uint32_t> words =
-      alum::philox<uint32_t>(seed, {counter[0], counter[1], counter[2], counter[3]});
+  const alum::Words<uint32_t> words = alum::philox<uint32_t>(seed, {counter[0], counter[1], counter[2], counter[3]});
   return {words.x0, words.x1, words.x2, words.x3};
 }
 

@@ -1,8 +1,8 @@
 // The native ops, registered through the LibTorch stable ABI: one binary serves every torch from 2.10 on.
 //
-// Outputs are allocated by the caller (alum_kernels/ops), so that the native and the Triton kernels share one place that
-// allocates; an output of zero elements is one that nobody asked for. Arguments that a user can get wrong are checked
-// there too; the checks here keep a direct call of these ops inside the tensors it was given.
+// Outputs are allocated by the caller (alum_kernels/ops), so that the native and the Triton kernels share one place
+// that allocates; an output of zero elements is one that nobody asked for. Arguments that a user can get wrong are
+// checked there too; the checks here keep a direct call of these ops inside the tensors it was given.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,8 +14,7 @@
 #include "cpu/launch.h"
 #include "cuda/launch.h"
 
-namespace alum {
-namespace {
+namespace alum { namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -130,10 +129,9 @@ void noise_init(const Tensor& embeds, const Tensor& seed, const std::optional<Te
 void projected_ascent(const Tensor& embeds, const Tensor& grad, const std::optional<Tensor>& delta,
                       const std::optional<Tensor>& seed, const std::optional<Tensor>& std_per_token, double std,
                       const std::optional<Tensor>& step_per_token, double step_size,
-                      const std::optional<Tensor>& epsilon_per_token, double epsilon,
-                      const std::optional<Tensor>& mask, const Tensor& perturbed, const Tensor& new_delta,
-                      const Tensor& statistics, bool normal, int64_t stream, int64_t sample_offset, int64_t norm,
-                      int64_t normalize, int64_t level) {
+                      const std::optional<Tensor>& epsilon_per_token, double epsilon, const std::optional<Tensor>& mask,
+                      const Tensor& perturbed, const Tensor& new_delta, const Tensor& statistics, bool normal,
+                      int64_t stream, int64_t sample_offset, int64_t norm, int64_t normalize, int64_t level) {
   AscentArguments args;
   args.shape = token_shape(embeds);
   args.dtype = dtype_of(embeds, "embeds");
@@ -265,8 +263,7 @@ void symmetric_kl_loss_and_gradient(const Tensor& a, const Tensor& b, const std:
   launch(args, a, cpu::divergence_loss_and_gradient, cuda::divergence_loss_and_gradient);
 }
 
-}  // namespace
-}  // namespace alum
+}}  // namespace alum
 
 STABLE_TORCH_LIBRARY(alum_kernels_native, m) {
   m.def(

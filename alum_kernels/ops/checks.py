@@ -60,7 +60,7 @@ def check_magnitude(name: str, value: float) -> float:
     """A finite number that is not negative."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a float or an fp32 tensor, got {type(value).__name__}")
-    if not (value >= 0 and math.isfinite(value)):
+    if not 0 <= value < math.inf:  # false for NaN; math.isfinite does not trace
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
     return float(value)
 

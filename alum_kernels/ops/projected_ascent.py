@@ -49,11 +49,15 @@ def _projected_ascent(
     return_stats: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if grad.dtype != embeds.dtype:
+        grad = grad.to(torch.float32)
     embeds, grad = embeds.contiguous(), grad.contiguous()
     delta = None if delta is None else delta.contiguous()
     perturbed = torch.empty_like(embeds)
     new_delta = torch.empty(embeds.shape if return_delta else (0,), dtype=torch.float32, device=embeds.device)
     stats = torch.empty((*embeds.shape[:2], 4) if return_stats else (0,), dtype=torch.float32, device=embeds.device)
+    if embeds.numel() == 0:
+        return perturbed, new_delta, stats.zero_()
     implementation("projected_ascent", backend).projected_ascent(
         embeds,
         grad,

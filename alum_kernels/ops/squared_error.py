@@ -49,8 +49,9 @@ def squared_error(
     checks.check_choice("gradient", gradient, GRADIENTS)
     dtype = torch.promote_types(adv_logits.dtype, torch.float32)
     clean = logits.detach() if gradient == "detach_clean" else logits
-    rows = ((adv_logits.to(dtype) - clean.to(dtype)) ** 2).sum(-1)
-    weight = mask_weight(mask, reduction, rows.shape)
-    if weight is not None:
-        rows = torch.where(weight != 0, rows, 0)
+    difference = adv_logits.to(dtype) - clean.to(dtype)
+    if mask is not None:  # before the square, whose gradient would carry on what a masked row holds
+        difference = torch.where(mask.unsqueeze(-1) != 0, difference, 0)
+    rows = (difference**2).sum(-1)
+    weight = mask_weight(mask, reduction, rows.shape, dtype)
     return reduce_rows(rows, weight, reduction)

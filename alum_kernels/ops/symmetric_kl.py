@@ -214,15 +214,17 @@ def _as_rows(logits: Tensor) -> Tensor:
     return logits if logits.dim() == 3 else logits.reshape(-1, *logits.shape[-2:])
 
 
-def mask_weight(mask: Tensor | None, reduction: str, rows: torch.Size) -> Tensor | None:
-    """fp32 weight of each row in the reduced loss: the mask over what the reduction divides by, formed once.
+def mask_weight(mask: Tensor | None, reduction: str, rows: torch.Size, logits_dtype: torch.dtype) -> Tensor | None:
+    """Weight of each row in the reduced loss: the mask over what the reduction divides by, formed once.
+
+    fp32, and fp64 for fp64 logits.
 
     mean = sum over unmasked rows / their number; batchmean = sum / first dimension, masked rows included. An empty
     count divides by one: the sum is then zero. None, without a mask, stands for equal weights of 1 / :func:`count`.
     """
     if mask is None:
         return None
-    kept = (mask != 0).to(torch.float32)
+    kept = (mask != 0).to(torch.promote_types(logits_dtype, torch.float32))
     if reduction == "mean":
         return kept / kept.sum().clamp(min=1)
     return kept / max(rows[0], 1) if reduction == "batchmean" else kept
@@ -238,7 +240,7 @@ def count(reduction: str, rows: torch.Size) -> int:
 def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     """Reduce losses of rows, in the leading shape of the logits."""
     if reduction == "none":
-        return rows
+        return rows if weight is None else torch.where(weight != 0, rows, 0)
     if weight is not None:
         return (rows * weight).sum()
     return rows.sum() if reduction == "sum" else rows.sum() / count(reduction, rows.shape)
@@ -256,7 +258,7 @@ def _divergence(
 ) -> Tensor:
     inv_temperature = _check(adv_logits, logits, mask, reduction, gradient, temperature)
     chosen = choose("symmetric_kl", backend, adv_logits, name)
-    weight = mask_weight(mask, reduction, adv_logits.shape[:-1])
+    weight = mask_weight(mask, reduction, adv_logits.shape[:-1], adv_logits.dtype)
     a, b = _as_rows(adv_logits), _as_rows(logits)
     rows = _RowDivergence.apply(
         a, b, None if weight is None else weight.reshape(a.shape[:2]), name, gradient, inv_temperature, chosen
@@ -308,7 +310,7 @@ def symmetric_kl(
         >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
         >>> value = symmetric_kl(logits + torch.tensor([[1e-5, 0.0, 0.0]]), logits)
         >>> f"{value:.4e}"
-        '1.3363e-11'
+        '1.3216e-11'
     """
     return _divergence("symmetric_kl", adv_logits, logits, mask, reduction, gradient, temperature, backend)
 
@@ -392,12 +394,12 @@ def symmetric_kl_grad(
     inv_temperature = _check(adv_logits, logits, mask, reduction, gradient, temperature)
     checks.check_magnitude("grad_scale", grad_scale)
     chosen = choose("symmetric_kl", backend, adv_logits, divergence)
-    weight = mask_weight(mask, reduction, adv_logits.shape[:-1])
+    weight = mask_weight(mask, reduction, adv_logits.shape[:-1], adv_logits.dtype)
     a, b = _as_rows(adv_logits.detach()), _as_rows(logits.detach())
     if weight is None:
         row_weight = None
         if reduction in ("mean", "batchmean"):
-            one = torch.ones((), dtype=torch.float32, device=a.device)
+            one = torch.ones((), dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
             row_weight = (one / count(reduction, adv_logits.shape[:-1])).expand(a.shape[:2])
     else:
         row_weight = weight.reshape(a.shape[:2])

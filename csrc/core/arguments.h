@@ -23,18 +23,20 @@ enum class Level : int { kToken = 0, kSequence = 1, kBatch = 2 };
 // The phases of a projected ascent, in order.
 enum class Phase : int {
   kGradLargest = 0,   // max|g|, and how many g are not finite
-  kGradLength = 1,    // sum (g / max|g|)^2: no square under- or overflows
+  kGradLength = 1,    // sum (s g)^2, s a power of two near 1 / max|g|: no square under- or overflows
   kMovedLargest = 2,  // max|delta'|, delta' = delta + step normalise(g)
-  kMovedLength = 3,   // sum (delta' / max|delta'|)^2
+  kMovedLength = 3,   // sum (s delta')^2, likewise
   kWrite = 4,
 };
 
 // What the phases found out about a group.
 struct GroupNorms {
   float grad_largest = 0.0f;
-  float grad_length = 1.0f;  // ||g / max|g|||
+  float grad_scale = 1.0f;   // s of kGradLength
+  float grad_length = 1.0f;  // ||s g||
   bool climbs = false;       // a zero or non-finite gradient takes no step, but is projected
   float moved_largest = 0.0f;
+  float moved_scale = 1.0f;
   float moved_length = 0.0f;  // ||delta'||
 };
 
@@ -108,8 +110,8 @@ struct AscentArguments {
   Level level = Level::kToken;
 };
 
-// Rows n = o I + i of a tensor whose leading dimensions are (O, I). 64-bit: N V exceeds 2^31 in practice. Where O is 1, as
-// for any tensor whose rows are evenly apart, nothing is divided.
+// Rows n = o I + i of a tensor whose leading dimensions are (O, I). 64-bit: N V exceeds 2^31 in practice. Where O is 1,
+// as for any tensor whose rows are evenly apart, nothing is divided.
 struct RowStrides {
   int64_t inner = 1, outer_step = 0, inner_step = 0;
 

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "core/arguments.h"
+#include "core/elementary.h"
 #include "core/lane.h"
 
 ALUM_BEGIN
@@ -30,9 +31,7 @@ ALUM_INLINE F moved(Normalize normalize, F delta, F g, float step, const GroupNo
   F direction = g;
   if (normalize == Normalize::kSign) direction = sign_of(g);
   if (normalize == Normalize::kLinf) direction = g / broadcast<F>(group.grad_largest);
-  if (normalize == Normalize::kL2) {
-    direction = g / broadcast<F>(group.grad_largest) / broadcast<F>(group.grad_length);
-  }
+  if (normalize == Normalize::kL2) direction = (g * group.grad_scale) / broadcast<F>(group.grad_length);
   return delta + step * direction;
 }
 
@@ -77,6 +76,22 @@ ALUM_HOST_INLINE void with_norm(Norm norm, const Run& run) {
   }
 }
 
+template <class Run>
+ALUM_HOST_INLINE void with_reduction(Phase phase, const Run& run) {
+  switch (phase) {
+    case Phase::kGradLargest:
+      return run(std::integral_constant<Phase, Phase::kGradLargest>{});
+    case Phase::kGradLength:
+      return run(std::integral_constant<Phase, Phase::kGradLength>{});
+    case Phase::kMovedLargest:
+      return run(std::integral_constant<Phase, Phase::kMovedLargest>{});
+    case Phase::kMovedLength:
+      return run(std::integral_constant<Phase, Phase::kMovedLength>{});
+    case Phase::kWrite:
+      return;
+  }
+}
+
 // The reductions that a choice of normalisation and projection needs, in order; kWrite follows. Four bits each, since a
 // GPU register cannot be indexed.
 struct PhaseList {
@@ -96,13 +111,23 @@ ALUM_INLINE PhaseList reductions(Normalize normalize, Norm norm) {
   return list;
 }
 
+// Whether a phase looks at delta, and not at the gradient alone.
+ALUM_INLINE bool needs_delta(Phase phase) { return phase != Phase::kGradLargest && phase != Phase::kGradLength; }
+
 ALUM_INLINE bool is_sum(Phase phase) { return phase == Phase::kGradLength || phase == Phase::kMovedLength; }
+
+// A power of two that brings numbers of up to `largest` near 1; products with it are exact.
+ALUM_INLINE float scale_for(float largest) {
+  const int32_t exponent = (bits_as<int32_t>(largest) >> 23) & 255, inverse = 253 - exponent;
+  return bits_as<float>((inverse < 1 ? 1 : inverse) << 23);
+}
 
 // Enter the result of a phase over the whole group.
 ALUM_INLINE void absorb(GroupNorms& group, Phase phase, float value, bool finite) {
   switch (phase) {
     case Phase::kGradLargest:
       group.grad_largest = value;
+      group.grad_scale = scale_for(value);
       group.climbs = group_climbs(value, finite);
       break;
     case Phase::kGradLength:
@@ -110,9 +135,10 @@ ALUM_INLINE void absorb(GroupNorms& group, Phase phase, float value, bool finite
       break;
     case Phase::kMovedLargest:
       group.moved_largest = value;
+      group.moved_scale = scale_for(value);
       break;
     case Phase::kMovedLength:
-      group.moved_length = group.moved_largest * square_root(value);
+      group.moved_length = square_root(value) / group.moved_scale;
       break;
     case Phase::kWrite:
       break;
@@ -127,10 +153,8 @@ ALUM_INLINE F phase_term(Phase phase, F x, const GroupNorms& group) {
     return size < broadcast<F>(__builtin_inff()) ? size : F{};
   }
   if (phase == Phase::kMovedLargest) return absolute(x);
-  const float scale = phase == Phase::kGradLength ? group.grad_largest : group.moved_largest;
-  if (!(scale > 0.0f) || (phase == Phase::kGradLength && !group.climbs)) return F{};
-  const F ratio = x / broadcast<F>(scale);
-  return ratio * ratio;
+  const F scaled = x * (phase == Phase::kGradLength ? group.grad_scale : group.moved_scale);
+  return scaled * scaled;
 }
 
 ALUM_END

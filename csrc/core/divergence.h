@@ -2,7 +2,8 @@
 //
 // a, b are the adversarial and the clean logits over the temperature, p = softmax(a), q = softmax(b).
 //
-//   c = (a - b) at argmax b       d = (a - b) - c       Lambda = lse(a) - lse(b) - c       u = d - Lambda = log p - log q
+//   c = (a - b) at argmax b       d = (a - b) - c       Lambda = lse(a) - lse(b) - c
+//   u = d - Lambda = log p - log q
 //
 //   J = KL(p||q) + KL(q||p) = sum_j (p_j - q_j) u_j     dJ/da = (p - q) + p (d - E_p[d])
 //                                                       dJ/db = (q - p) - q (d - E_q[d])

@@ -1,8 +1,9 @@
 // Elementary functions in fp32, as polynomials of our own: the same digits on every backend.
 //
 // Coefficients interpolate the exact function at Chebyshev nodes of the stated interval, rounded to fp32; the stated
-// error is the largest relative one of the fp32 evaluation with fused multiply-adds, against 40 digits. The Triton twins
-// in alum_kernels/backends/triton/elementary.py carry the same numbers; tests hold the two lists against each other.
+// error is the largest relative one of the fp32 evaluation with fused multiply-adds, against 40 digits. The Triton
+// twins in alum_kernels/backends/triton/elementary.py carry the same numbers; tests hold the two lists against each
+// other.
 #pragma once
 
 #include "core/lane.h"
@@ -63,7 +64,7 @@ ALUM_INLINE F g_series(F x) {
 // log1p(f) = f + f^2 R(f) for sqrt(1/2) <= 1 + f <= sqrt(2): 6.4e-8.
 template <class F>
 ALUM_INLINE F log1p_series(F f) {
-  constexpr float kLog1p[] = {-0.49999997f, 0.333333284f, -0.250007987f, 0.200012878f, -0.166260928f,
+  constexpr float kLog1p[] = {-0.49999997f, 0.333333284f, -0.250007987f, 0.200012878f,  -0.166260928f,
                               0.142030597f, -0.13131544f, 0.127387986f,  -0.0768349171f};
   return f + f * f * polynomial(kLog1p, f);
 }

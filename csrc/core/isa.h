@@ -19,5 +19,9 @@
 #if !defined(ALUM_ISA)
 #define ALUM_ISA portable
 #endif
-#define ALUM_BEGIN namespace alum { inline namespace ALUM_ISA {
-#define ALUM_END } }
+#define ALUM_BEGIN \
+  namespace alum { \
+  inline namespace ALUM_ISA {
+#define ALUM_END \
+  }              \
+  }

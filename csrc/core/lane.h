@@ -1,8 +1,8 @@
 // The arithmetic type of every formula in core/: one float on a GPU, a vector of floats on a CPU.
 //
-// A formula is written once as a template over F. On a CPU, F is a GCC/Clang vector type and every operation acts on all
-// of its lanes; comparisons give a lane mask, and `mask ? x : y` selects per lane. On a GPU and in scalar tails, F is
-// float and the same source reads as ordinary code.
+// A formula is written once as a template over F. On a CPU, F is a GCC/Clang vector type and every operation acts on
+// all of its lanes; comparisons give a lane mask, and `mask ? x : y` selects per lane. On a GPU and in scalar tails, F
+// is float and the same source reads as ordinary code.
 #pragma once
 
 #include <cstdint>

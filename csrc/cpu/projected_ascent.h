@@ -3,8 +3,9 @@
 //   reads  embeds, grad (B, S, H) fp32/bf16/fp16, delta (B, S, H) fp32 or the seed, mask (B, S)
 //   writes embeds + delta'' (B, S, H), delta'' (B, S, H) fp32 and statistics (B, S, 4) fp32 if asked for
 //
-// At token level a token runs through all phases at once, its rows in cache. At sequence and batch level each phase is a
-// loop over all tokens, whose partials are combined in a fixed order in between.
+// At token level a token runs through all phases at once, its rows in cache. At sequence and batch level each phase is
+// a loop over all tokens, whose partials are combined in a fixed order in between, and an output keeps the noise from
+// the first phase that needs it to the last.
 #pragma once
 
 #include "core/ascent.h"
@@ -25,8 +26,8 @@ ALUM_INLINE float count_lanes(IntVec minus_count) {
 template <class T, class G>
 class AscentToken {
  public:
-  // `noise` receives delta_0 where it is drawn.
-  AscentToken(const AscentArguments& args, int64_t token, float* noise)
+  // `delta` is the token's row, given or drawn.
+  AscentToken(const AscentArguments& args, int64_t token, const float* delta)
       : hidden_(args.shape.hidden),
         batch_(token / args.shape.length),
         position_(token % args.shape.length),
@@ -37,39 +38,18 @@ class AscentToken {
         normalize_(args.normalize),
         embeds_(static_cast<const T*>(args.embeds) + token * hidden_),
         grad_(static_cast<const G*>(args.grad) + token * hidden_),
-        delta_(args.delta == nullptr ? noise : args.delta + token * hidden_),
+        delta_(delta),
         perturbed_(static_cast<T*>(args.perturbed) + token * hidden_),
         new_delta_(args.new_delta == nullptr ? nullptr : args.new_delta + token * hidden_),
-        statistics_(args.statistics == nullptr ? nullptr : args.statistics + token * kAscentStatistics) {
-    if (args.delta == nullptr && kept_) {
-      draw_row(args.noise, args.noise.std.at(batch_, position_), batch_, position_, hidden_, noise);
-    }
-  }
+        statistics_(args.statistics == nullptr ? nullptr : args.statistics + token * kAscentStatistics) {}
 
   bool kept() const { return kept_; }
   int64_t batch() const { return batch_; }
 
   TokenPartial reduce(Phase phase, const GroupNorms& known) const {
-    const GroupNorms group = known;
-    Vec total{};
-    IntVec irregular{};
-    const auto add = [&](Vec x) ALUM_LAMBDA {
-      const Vec term = phase_term(phase, x, group);
-      total = is_sum(phase) ? total + term : larger_of(term, total);
-    };
-    if (phase == Phase::kGradLargest || phase == Phase::kGradLength) {
-      for (int64_t h = 0; h < hidden_; h += kWidth) {
-        const Vec g = load_some(grad_ + h, hidden_ - h < kWidth ? hidden_ - h : kWidth);
-        add(g);
-        irregular += is_irregular(g);
-      }
-    } else {
-      with_normalize(normalize_, [&](auto normalize) ALUM_LAMBDA {
-        each([&](int64_t, int64_t, Vec delta, Vec g)
-                 ALUM_LAMBDA { add(moved(normalize, delta, g, step_, group)); });
-      });
-    }
-    return {is_sum(phase) ? sum_lanes(total) : max_lanes(total), count_lanes(irregular)};
+    TokenPartial partial{0.0f, 0.0f};
+    with_reduction(phase, [&](auto which) ALUM_LAMBDA { partial = reduce_in<decltype(which)::value>(known); });
+    return partial;
   }
 
   void write(const GroupNorms& known) const {
@@ -124,12 +104,35 @@ class AscentToken {
   }
 
  private:
+  template <Phase kPhase>
+  ALUM_INLINE TokenPartial reduce_in(const GroupNorms& known) const {
+    const GroupNorms group = known;
+    Vec total{};
+    IntVec irregular{};
+    const auto add = [&](Vec x) ALUM_LAMBDA {
+      const Vec term = phase_term(kPhase, x, group);
+      total = is_sum(kPhase) ? total + term : larger_of(term, total);
+    };
+    if constexpr (kPhase == Phase::kGradLargest || kPhase == Phase::kGradLength) {
+      for_each_vector(grad_, hidden_, [&](int64_t, auto, Vec g) ALUM_LAMBDA {
+        add(g);
+        if (kPhase == Phase::kGradLargest) irregular += is_irregular(g);
+      });
+    } else {
+      with_normalize(normalize_, [&](auto normalize) ALUM_LAMBDA {
+        each([&](int64_t, auto, Vec delta, Vec g) ALUM_LAMBDA { add(moved(normalize, delta, g, step_, group)); });
+      });
+    }
+    return {is_sum(kPhase) ? sum_lanes(total) : max_lanes(total), count_lanes(irregular)};
+  }
+
   // body(h, count, delta, g) for every vector of features.
   template <class Body>
   ALUM_INLINE void each(const Body& body) const {
     const G* const grad = grad_;
-    for_each_vector(delta_, hidden_, [&](int64_t h, auto count, Vec delta)
-                                         ALUM_LAMBDA { body(h, count, delta, load_some(grad + h, count)); });
+    for_each_vector(delta_, hidden_, [&](int64_t h, auto count, Vec delta) ALUM_LAMBDA {
+      body(h, count, delta, load_some(grad + h, count));
+    });
   }
 
   template <class Count>
@@ -145,8 +148,7 @@ class AscentToken {
     IntVec clipped{}, lost{}, irregular{};
     each([&](int64_t h, auto count, Vec delta, Vec g) ALUM_LAMBDA {
       Vec free = delta, bound = delta;
-      with_normalize(normalize_, [&](auto normalize)
-                                     ALUM_LAMBDA { free = moved(normalize, delta, g, step_, group); });
+      with_normalize(normalize_, [&](auto normalize) ALUM_LAMBDA { free = moved(normalize, delta, g, step_, group); });
       with_norm(norm_, [&](auto norm) ALUM_LAMBDA { bound = projected(norm, free, epsilon_, group); });
       const Vec e = load_some(embeds_ + h, count);
       squares += bound * bound;
@@ -173,13 +175,30 @@ class AscentToken {
   float* const statistics_;
 };
 
+// The rows of delta: given, or drawn into `room`.
+class DeltaRows {
+ public:
+  explicit DeltaRows(const AscentArguments& args) : args_(args), room_(args.delta == nullptr ? args.shape.hidden : 0) {}
+
+  const float* operator[](int64_t token) const {
+    if (args_.delta != nullptr) return args_.delta + token * args_.shape.hidden;
+    const int64_t b = token / args_.shape.length, s = token % args_.shape.length;
+    if (args_.mask.keeps(b, s)) draw_row(args_.noise, args_.noise.std.at(b, s), b, s, args_.shape.hidden, room_.data());
+    return room_.data();
+  }
+
+ private:
+  const AscentArguments& args_;
+  const NoiseRow room_;
+};
+
 template <class T, class G>
 void ascent_tokens(const AscentArguments& args, int64_t begin, int64_t end) {
   const PhaseList list = reductions(args.normalize, args.norm);
   const bool normless = list.count == 1 && args.normalize != Normalize::kLinf;
-  const NoiseRow noise(args.delta == nullptr ? args.shape.hidden : 0);
+  const DeltaRows deltas(args);
   for (int64_t token = begin; token < end; ++token) {
-    const AscentToken<T, G> row(args, token, noise.data());
+    const AscentToken<T, G> row(args, token, deltas[token]);
     if (!row.kept()) {
       row.pass_through();
       continue;
@@ -194,13 +213,31 @@ void ascent_tokens(const AscentArguments& args, int64_t begin, int64_t end) {
   }
 }
 
+// Where noise that one phase drew lies until the last one has read it: in an fp32 output that the last one writes, or
+// nowhere.
+template <class T>
+float* kept_noise(const AscentArguments& args) {
+  if (args.delta != nullptr) return nullptr;
+  if (args.new_delta != nullptr) return args.new_delta;
+  return std::is_same_v<T, float> ? static_cast<float*>(args.perturbed) : nullptr;
+}
+
 // One phase over tokens of larger groups; masked tokens contribute zero.
 template <class T, class G>
 void ascent_phase_tokens(const AscentArguments& args, Phase phase, const GroupNorms* groups, TokenPartial* partials,
                          int64_t begin, int64_t end) {
-  const NoiseRow noise(args.delta == nullptr ? args.shape.hidden : 0);
+  float* const kept = kept_noise<T>(args);
+  const bool keeps = kept != nullptr && phase == Phase::kMovedLargest;
+  // statistics are a second sweep over what the last phase read
+  const bool reads = kept != nullptr &&
+                     (phase == Phase::kMovedLength || (phase == Phase::kWrite && args.statistics == nullptr &&
+                                                       (args.norm == Norm::kL2 || args.norm == Norm::kLinfRescale)));
+  const int64_t hidden = args.shape.hidden;
+  const DeltaRows deltas(args);
   for (int64_t token = begin; token < end; ++token) {
-    const AscentToken<T, G> row(args, token, noise.data());
+    const float* delta = reads ? kept + token * hidden : needs_delta(phase) ? deltas[token] : nullptr;
+    const AscentToken<T, G> row(args, token, delta);
+    if (keeps && row.kept()) std::memcpy(kept + token * hidden, delta, static_cast<size_t>(hidden) * sizeof(float));
     const GroupNorms& group = groups[args.level == Level::kBatch ? 0 : row.batch()];
     if (phase != Phase::kWrite) {
       partials[token] = row.kept() ? row.reduce(phase, group) : TokenPartial{0.0f, 0.0f};

@@ -60,6 +60,21 @@ ALUM_INLINE UintVec multiply_high(UintVec a, uint32_t b) {
 #endif
 }
 
+// a[k] b[k] a[k + 1] b[k + 1] ..., from the middle with kHigh and from zero without.
+template <bool kHigh>
+ALUM_INLINE Vec interleave(Vec a, Vec b) {
+  constexpr int kFrom = kHigh ? kWidth / 2 : 0;
+#if defined(__clang__)
+  Vec x;
+  for (int i = 0; i < kWidth; ++i) x[i] = i % 2 == 0 ? a[kFrom + i / 2] : b[kFrom + i / 2];
+  return x;
+#else
+  IntVec order{};
+  for (int i = 0; i < kWidth; ++i) order[i] = kFrom + i / 2 + i % 2 * kWidth;
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
 // Storage types that arithmetic widens to fp32.
 struct BFloat16 {
   uint16_t bits;

@@ -4,8 +4,8 @@
 //   gradient             reads a, b, statistics, grad_rows    writes da, db (N, V)
 //   loss and gradient    reads a, b, row_weight               writes loss (N,), da (N, V)
 //
-// Rows of more than 64 classes: one row at a time, columns in vectors, the row in cache between sweeps. Rows of up to 64
-// classes: a vector of rows at a time, turned through tiles on the stack. Formulas: core/divergence.h,
+// Rows of more than 64 classes: one row at a time, columns in vectors, the row in cache between sweeps. Rows of up to
+// 64 classes: a vector of rows at a time, turned through tiles on the stack. Formulas: core/divergence.h,
 // core/exact_row.h.
 #pragma once
 
@@ -81,7 +81,8 @@ RowExtremes row_extremes(const RowPair<T>& row) {
   row.each(whole, row.columns, look);  // padded with -inf
   bool all_finite = !any_lane(finite != Vec{});
   for (int64_t v = whole; v < row.columns; ++v) {
-    all_finite = all_finite && absolute(widen(row.a[v])) < __builtin_inff() && absolute(widen(row.b[v])) < __builtin_inff();
+    all_finite =
+        all_finite && absolute(widen(row.a[v])) < __builtin_inff() && absolute(widen(row.b[v])) < __builtin_inff();
   }
   int best = 0;
   for (int i = 1; i < kWidth; ++i) best = max_b[i] > max_b[best] ? i : best;
@@ -121,9 +122,8 @@ template <bool kExact, class T>
 RowResult row_result(const RowPair<T>& row, const RowExtremes& extremes, float inv_temperature) {
   const RowExtremes x = extremes;
   if (x.gap(inv_temperature) <= kNarrow) {
-    const auto sums = sum_row<NarrowSums>(row, [&](NarrowSums<Vec>& s, Vec a, Vec b) ALUM_LAMBDA {
-      add_narrow<kExact>(s, a, b, x, inv_temperature);
-    });
+    const auto sums = sum_row<NarrowSums>(
+        row, [&](NarrowSums<Vec>& s, Vec a, Vec b) ALUM_LAMBDA { add_narrow<kExact>(s, a, b, x, inv_temperature); });
     return finish_narrow(sums, x, inv_temperature);
   }
   const auto sums = sum_row<WideSums>(
@@ -230,11 +230,7 @@ void read_tile(LogitTile& tile, const LogitRows& rows, int64_t columns, int64_t 
 // The tiles that a thread works through its rows with.
 struct RowTiles {
   explicit RowTiles(const DivergenceArguments& args)
-      : columns(static_cast<int>(args.columns)),
-        a(columns),
-        b(columns),
-        grad_a(columns),
-        grad_b(columns) {}
+      : columns(static_cast<int>(args.columns)), a(columns), b(columns), grad_a(columns), grad_b(columns) {}
 
   const int columns;
   LogitTile a, b, grad_a, grad_b;
@@ -262,8 +258,8 @@ ALUM_INLINE RowStatistics<Vec> load_statistics(const DivergenceArguments& args, 
 }
 
 template <class T>
-void write_tile_gradient(RowTiles& tiles, const DivergenceArguments& args, const RowStatistics<Vec>& stats, Vec upstream,
-                         int64_t first, int count, T* grad_a, T* grad_b) {
+void write_tile_gradient(RowTiles& tiles, const DivergenceArguments& args, const RowStatistics<Vec>& stats,
+                         Vec upstream, int64_t first, int count, T* grad_a, T* grad_b) {
   const auto silent = upstream == Vec{}, undefined = stats.lse_b != stats.lse_b;
   const Vec factor = upstream * args.inv_temperature, nan = broadcast<Vec>(__builtin_nanf(""));
   const auto settle = [&](Vec g) ALUM_LAMBDA { return silent ? Vec{} : (undefined ? nan : g * factor); };
@@ -326,8 +322,8 @@ void divergence_loss_and_gradient_rows(const DivergenceArguments& args, int64_t 
     const float weight = weight_of(args, n);
     const RowPair<T> row = row_pair<T>(args, n);
     args.loss[n] = weight == 0.0f ? 0.0f : analyse_row(row, args, stats);
-    write_row_gradient<T>(row, args, stats, weight * args.grad_scale,
-                          static_cast<T*>(args.grad_a) + n * args.columns, nullptr);
+    write_row_gradient<T>(row, args, stats, weight * args.grad_scale, static_cast<T*>(args.grad_a) + n * args.columns,
+                          nullptr);
   }
 }
 

@@ -24,21 +24,22 @@ ALUM_NOINLINE inline void draw_chunk(const NoiseSource& noise, float std, int64_
   const Words<UintVec> counter{group, zero + static_cast<uint32_t>(position),
                                zero + static_cast<uint32_t>(noise.sample_offset + sample), zero + noise.stream};
   const Quad<Vec> z = unit_noise<Vec>(philox(static_cast<uint64_t>(*noise.seed), counter), noise.normal);
-  for (int i = 0; i < kWidth; ++i) {
-    chunk[4 * i + 0] = std * z.x0[i];
-    chunk[4 * i + 1] = std * z.x1[i];
-    chunk[4 * i + 2] = std * z.x2[i];
-    chunk[4 * i + 3] = std * z.x3[i];
-  }
+  // features in order: x0[0] x1[0] x2[0] x3[0] x0[1] ...
+  const Vec even_low = interleave<false>(z.x0, z.x2), odd_low = interleave<false>(z.x1, z.x3);
+  const Vec even_high = interleave<true>(z.x0, z.x2), odd_high = interleave<true>(z.x1, z.x3);
+  store(chunk, std * interleave<false>(even_low, odd_low));
+  store(chunk + kWidth, std * interleave<true>(even_low, odd_low));
+  store(chunk + 2 * kWidth, std * interleave<false>(even_high, odd_high));
+  store(chunk + 3 * kWidth, std * interleave<true>(even_high, odd_high));
 }
 
-// Calls body(h, count, delta) for every vector of a token's features; count < kWidth in the last one only, where lanes
+// Calls body(h, count, x) for every vector of a token's features; count < kWidth in the last one only, where lanes
 // beyond it hold zero.
-template <class Body>
-ALUM_INLINE void for_each_vector(const float* delta, int64_t hidden, const Body& body) {
+template <class T, class Body>
+ALUM_INLINE void for_each_vector(const T* row, int64_t hidden, const Body& body) {
   int64_t h = 0;
-  for (; h + kWidth <= hidden; h += kWidth) body(h, std::integral_constant<int64_t, kWidth>{}, load(delta + h));
-  if (h < hidden) body(h, hidden - h, load_partial(delta + h, hidden - h, Vec{}));
+  for (; h + kWidth <= hidden; h += kWidth) body(h, std::integral_constant<int64_t, kWidth>{}, load(row + h));
+  if (h < hidden) body(h, hidden - h, load_partial(row + h, hidden - h, Vec{}));
 }
 
 // Unit noise times std of all features of a token; `row` has room for a multiple of kChunk.

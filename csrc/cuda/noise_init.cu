@@ -32,9 +32,8 @@ __global__ void __launch_bounds__(kThreads) noise_init_kernel(NoiseArguments arg
 void noise_init(const NoiseArguments& args, void* stream) {
   const int64_t all = args.shape.tokens() * ((args.shape.hidden + 3) / 4);
   const LaunchShape shape{dim3(grid_for(all, kThreads)), dim3(kThreads)};
-  with_type(args.dtype, [&](auto* like) {
-    launch(noise_init_kernel<std::remove_pointer_t<decltype(like)>>, shape, stream, args);
-  });
+  with_type(args.dtype,
+            [&](auto* like) { launch(noise_init_kernel<std::remove_pointer_t<decltype(like)>>, shape, stream, args); });
 }
 
 }  // namespace alum::cuda

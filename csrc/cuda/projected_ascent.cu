@@ -5,8 +5,8 @@
 //
 // A warp works on a token, a lane on four neighbouring features at a time. At token level a warp runs through all phases
 // of its token at once. At sequence and batch level the grid is as large as fits on the chip at once (a cooperative
-// launch): each phase leaves a partial for every token, the grid meets, one warp a group combines the group's partials in
-// the order of its tokens, the grid meets again. No atomics: the same input gives the same bits.
+// launch): each phase leaves a partial for every token, the grid meets, one block a group combines the group's partials
+// in an order that their number alone determines, the grid meets again. No atomics: the same input gives the same bits.
 //
 // Norm and normalisation are branches that all threads take alike, not template arguments: the kernels wait for memory,
 // and 16 variants of each would be minutes of nvcc.
@@ -118,9 +118,8 @@ struct WarpToken {
       if (args.new_delta != nullptr) store_four(args.new_delta + offset + h, d, count);
     });
     if (args.statistics == nullptr) return;
-    counts = warp_reduce(counts, [](const float4& x, const float4& y) {
-      return float4{x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w};
-    });
+    counts = warp_reduce(
+        counts, [](const float4& x, const float4& y) { return float4{x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w}; });
     if (threadIdx.x % kWarp == 0) put_statistics(counts);
   }
 
@@ -174,6 +173,7 @@ struct ValueAndCount {
   double value;
   float non_finite, unused;
 };
+constexpr size_t kRoomBytes = kWarps * sizeof(ValueAndCount);
 
 // Groups are sequences, or the batch.
 template <class T, class G>
@@ -198,20 +198,21 @@ __global__ void __launch_bounds__(kThreads, 2) ascent_groups_kernel(AscentArgume
       if (lane == 0) scratch.partials[token] = {partial.value, partial.non_finite};
     }
     grid.sync();
-    for (int64_t group = first; group < groups; group += stride) {
+    for (int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
       const bool sum = is_sum(phase);
       ValueAndCount total{0.0, 0.0f, 0.0f};
-      for (int64_t t = lane; t < per_group; t += kWarp) {
+      for (int64_t t = threadIdx.x; t < per_group; t += kThreads) {
         const TokenPartial partial = scratch.partials[group * per_group + t];
         const double value = partial.value;
         total.value = sum ? total.value + value : (value > total.value ? value : total.value);
         total.non_finite += partial.non_finite;
       }
-      total = warp_reduce(total, [sum](const ValueAndCount& x, const ValueAndCount& y) {
-        return ValueAndCount{sum ? x.value + y.value : (y.value > x.value ? y.value : x.value),
-                             x.non_finite + y.non_finite, 0.0f};
-      });
-      if (lane == 0) {
+      total = block_reduce(total, reinterpret_cast<ValueAndCount*>(dynamic_shared),
+                           [sum](const ValueAndCount& x, const ValueAndCount& y) {
+                             return ValueAndCount{sum ? x.value + y.value : (y.value > x.value ? y.value : x.value),
+                                                  x.non_finite + y.non_finite, 0.0f};
+                           });
+      if (threadIdx.x == 0) {
         GroupNorms norms = i == 0 ? GroupNorms{} : scratch.norms[group];
         absorb(norms, phase, static_cast<float>(total.value), total.non_finite == 0.0f);
         scratch.norms[group] = norms;
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 2) ascent_groups_kernel(AscentArgume
 template <class Kernel>
 int64_t blocks_at_once(Kernel kernel) {
   int per_multiprocessor = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, 0),
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, kRoomBytes),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   return static_cast<int64_t>(per_multiprocessor) * device_attribute(cudaDevAttrMultiProcessorCount);
 }
@@ -249,6 +250,7 @@ void launch_ascent(const AscentArguments& args, void* stream) {
   const auto kernel = ascent_groups_kernel<T, G>;
   const int64_t at_once = blocks_at_once(kernel);
   LaunchShape shape{dim3(static_cast<unsigned>(blocks < at_once ? blocks : at_once)), dim3(kThreads)};
+  shape.shared_bytes = kRoomBytes;
   shape.cooperative = true;
   launch(kernel, shape, stream, args, scratch);
 }

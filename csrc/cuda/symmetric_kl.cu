@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kShortRowThreads = 128;
 constexpr int kElementThreads = 256;
+constexpr int kMostRowThreads = 1024;
 
 template <class T>
 constexpr bool kDifferencesAreRounded = std::is_same_v<T, float>;
@@ -94,37 +95,47 @@ __global__ void __launch_bounds__(kElementThreads) short_gradient_kernel(Diverge
 
 // ---- longer rows ----
 
+// Shared memory begins with the room of the reductions; staged rows follow it.
+constexpr size_t kRoomBytes = kWarp * sizeof(NarrowSums<double>);
+
 // The two rows of a block. A thread reads the same elements in every sweep, so that what it staged needs no barrier.
+// Rows and columns are counted in 32 bits, addresses in 64: a block of 1024 threads has 64 registers a thread.
 template <class T, int kPack>
 class BlockRow {
  public:
-  __device__ BlockRow(const DivergenceArguments& args, int64_t n, T* staged)
+  __device__ BlockRow(const DivergenceArguments& args, int64_t n, bool staged)
       : a_(static_cast<const T*>(args.a.data) + args.a.strides.offset(n)),
         b_(static_cast<const T*>(args.b.data) + args.b.strides.offset(n)),
-        columns_(args.columns),
+        columns_(static_cast<uint32_t>(args.columns)),
         staged_(staged) {}
 
-  // body(v, a, b) for the thread's elements, read from memory and staged where there is room.
+  // body(a, b) for the thread's elements, read from memory and staged where there is room.
   template <class Body>
   __device__ __forceinline__ void first(const Body& body) {
-    sweep(a_, b_, [&](int64_t v, const Pack<T, kPack>& a, const Pack<T, kPack>& b) {
-      if (staged_ != nullptr) {
-        *reinterpret_cast<Pack<T, kPack>*>(staged_ + v) = a;
-        *reinterpret_cast<Pack<T, kPack>*>(staged_ + padded() + v) = b;
+    sweep(a_, b_, [&](uint32_t v, const Pack<T, kPack>& a, const Pack<T, kPack>& b) {
+      if (staged_) {
+        *reinterpret_cast<Pack<T, kPack>*>(stage() + v) = a;
+        *reinterpret_cast<Pack<T, kPack>*>(stage() + padded() + v) = b;
       }
-      spread(v, a, b, body);
+      spread(a, b, body);
     });
   }
 
   // The same from where `first` left them.
   template <class Body>
   __device__ __forceinline__ void again(const Body& body) const {
-    const auto each = [&](int64_t v, const Pack<T, kPack>& a, const Pack<T, kPack>& b) { spread(v, a, b, body); };
-    if (staged_ != nullptr) {
-      sweep(staged_, staged_ + padded(), each);
-    } else {
-      sweep(a_, b_, each);
-    }
+    sweep_again([&](uint32_t, const Pack<T, kPack>& a, const Pack<T, kPack>& b) { spread(a, b, body); });
+  }
+
+  // to[v] = body(a, b) likewise.
+  template <class Body>
+  __device__ __forceinline__ void write(T* to, const Body& body) const {
+    sweep_again([&](uint32_t v, const Pack<T, kPack>& a, const Pack<T, kPack>& b) {
+      Pack<T, kPack> values;
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) values.values[i] = narrow<T>(body(widen(a.values[i]), widen(b.values[i])));
+      *reinterpret_cast<Pack<T, kPack>*>(to + v) = values;
+    });
   }
 
   // Elements of one row in shared memory, a whole number of 16-byte words.
@@ -134,26 +145,37 @@ class BlockRow {
   }
 
  private:
-  __device__ __forceinline__ int64_t padded() const { return padded(columns_); }
+  __device__ __forceinline__ uint32_t padded() const { return static_cast<uint32_t>(padded(columns_)); }
+
+  // Not kept as a pointer: an address that is seen to be in shared memory takes 32 bits and the cheaper instructions.
+  static __device__ __forceinline__ T* stage() { return reinterpret_cast<T*>(dynamic_shared + kRoomBytes); }
 
   template <class Each>
   __device__ __forceinline__ void sweep(const T* a, const T* b, const Each& each) const {
-    for (int64_t v = static_cast<int64_t>(threadIdx.x) * kPack; v < columns_; v += static_cast<int64_t>(blockDim.x) * kPack) {
+    for (uint32_t v = threadIdx.x * kPack; v < columns_; v += blockDim.x * kPack) {
       each(v, *reinterpret_cast<const Pack<T, kPack>*>(a + v), *reinterpret_cast<const Pack<T, kPack>*>(b + v));
     }
   }
 
+  template <class Each>
+  __device__ __forceinline__ void sweep_again(const Each& each) const {
+    if (staged_) {
+      sweep(stage(), stage() + padded(), each);
+    } else {
+      sweep(a_, b_, each);
+    }
+  }
+
   template <class Body>
-  static __device__ __forceinline__ void spread(int64_t v, const Pack<T, kPack>& a, const Pack<T, kPack>& b,
-                                                const Body& body) {
+  static __device__ __forceinline__ void spread(const Pack<T, kPack>& a, const Pack<T, kPack>& b, const Body& body) {
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) body(v + i, widen(a.values[i]), widen(b.values[i]));
+    for (int i = 0; i < kPack; ++i) body(widen(a.values[i]), widen(b.values[i]));
   }
 
   const T* a_;
   const T* b_;
-  int64_t columns_;
-  T* staged_;
+  uint32_t columns_;
+  bool staged_;
 };
 
 struct ThreadExtremes {
@@ -165,7 +187,7 @@ template <class Row>
 __device__ __forceinline__ RowExtremes row_extremes(Row& row, unsigned char* room) {
   const float none = -__builtin_inff();
   ThreadExtremes x{none, none, none, 0, 0};
-  row.first([&](int64_t, float a, float b) {
+  row.first([&](float a, float b) {
     if (b > x.max_b) {
       x.max_b = b;
       x.a_at_max_b = a;
@@ -203,7 +225,7 @@ __device__ __forceinline__ TermSums<double> plus(const TermSums<double>& x, cons
 template <template <class> class Sums, class Row, class Add>
 __device__ __forceinline__ Sums<double> sum_row(const Row& row, unsigned char* room, const Add& add) {
   Sums<float> sums;
-  row.again([&](int64_t, float a, float b) { add(sums, a, b); });
+  row.again([&](float a, float b) { add(sums, a, b); });
   return block_reduce(widened(sums), reinterpret_cast<Sums<double>*>(room),
                       [](const Sums<double>& x, const Sums<double>& y) { return plus(x, y); });
 }
@@ -212,14 +234,12 @@ template <bool kExact, class Row>
 __device__ __forceinline__ RowResult row_result(const Row& row, const RowExtremes& x, float inv_temperature,
                                                 unsigned char* room) {
   if (x.gap(inv_temperature) <= kNarrow) {
-    const auto sums = sum_row<NarrowSums>(row, room, [&](NarrowSums<float>& s, float a, float b) {
-      add_narrow<kExact>(s, a, b, x, inv_temperature);
-    });
+    const auto sums = sum_row<NarrowSums>(
+        row, room, [&](NarrowSums<float>& s, float a, float b) { add_narrow<kExact>(s, a, b, x, inv_temperature); });
     return finish_narrow(sums, x, inv_temperature);
   }
-  const auto sums = sum_row<WideSums>(row, room, [&](WideSums<float>& s, float a, float b) {
-    add_wide<kExact>(s, a, b, x, inv_temperature);
-  });
+  const auto sums = sum_row<WideSums>(
+      row, room, [&](WideSums<float>& s, float a, float b) { add_wide<kExact>(s, a, b, x, inv_temperature); });
   return finish_wide(sums, x, inv_temperature);
 }
 
@@ -241,14 +261,12 @@ __device__ __forceinline__ float analyse_row(Row& row, const DivergenceArguments
   }));
 }
 
-constexpr size_t kRoomBytes = kWarp * sizeof(NarrowSums<double>);
-
+// The bound is what lets a block of all its threads have registers enough: without it some architectures get 74 a thread.
 template <class T, int kPack, bool kExact>
-__global__ void long_rows_kernel(DivergenceArguments args, Rule rule, bool staged) {
+__global__ void __launch_bounds__(kMostRowThreads) long_rows_kernel(DivergenceArguments args, Rule rule, bool staged) {
   unsigned char* room = dynamic_shared;
-  T* stage = staged ? reinterpret_cast<T*>(dynamic_shared + kRoomBytes) : nullptr;
-  for (int64_t n = blockIdx.x; n < args.rows; n += gridDim.x) {
-    BlockRow<T, kPack> row(args, n, stage);
+  for (uint32_t n = blockIdx.x; n < args.rows; n += gridDim.x) {
+    BlockRow<T, kPack> row(args, n, staged);
     const float weight = weight_of(args, n);
     RowStatistics<float> stats{};
     float loss = 0.0f;
@@ -258,7 +276,7 @@ __global__ void long_rows_kernel(DivergenceArguments args, Rule rule, bool stage
       if (args.grad_a == nullptr) store_statistics(args, n, stats);
     }
     if (args.grad_a == nullptr) continue;
-    T* grad = static_cast<T*>(args.grad_a) + n * args.columns;
+    T* grad = static_cast<T*>(args.grad_a) + int64_t{n} * args.columns;
     const float upstream = weight * args.grad_scale * args.inv_temperature;
     const bool undefined = stats.lse_b != stats.lse_b;
     if (upstream == 0.0f || undefined) {
@@ -267,8 +285,8 @@ __global__ void long_rows_kernel(DivergenceArguments args, Rule rule, bool stage
       }
       continue;
     }
-    row.again([&](int64_t v, float a, float b) {
-      grad[v] = narrow<T>(class_gradient(rule, Logits<float>{a, b}, stats, args.inv_temperature).da * upstream);
+    row.write(grad, [&](float a, float b) {
+      return class_gradient(rule, Logits<float>{a, b}, stats, args.inv_temperature).da * upstream;
     });
   }
 }
@@ -331,13 +349,21 @@ void with_pack(const DivergenceArguments& args, const Run& run) {
   }
 }
 
-int row_threads(int64_t columns) { return columns <= 1024 ? 128 : columns <= 8192 ? 256 : columns <= 32768 ? 512 : 1024; }
+int row_threads(int64_t columns) {
+  return columns <= 1024 ? 128 : columns <= 8192 ? 256 : columns <= 32768 ? 512 : kMostRowThreads;
+}
+
+// What 32 bits count, with a grid or a block added.
+constexpr int64_t kMostRows = int64_t{1} << 31, kMostColumns = kMostRows;
 
 template <class T>
 void launch_rows(const DivergenceArguments& args, Rule rule, void* stream) {
   if (args.columns <= kExactColumns) {
     const LaunchShape shape{dim3(grid_for(args.rows, kShortRowThreads)), dim3(kShortRowThreads)};
     return launch(short_rows_kernel<T>, shape, stream, args, rule);
+  }
+  if (args.rows > kMostRows || args.columns > kMostColumns) {
+    throw std::runtime_error("alum_kernels: expected at most 2^31 rows of at most 2^31 classes");
   }
   with_pack<T>(args, [&](auto pack) {
     constexpr int kPack = decltype(pack)::value;

@@ -66,7 +66,7 @@ def unit_noise(
         cosine, sine = torch.where(odd, -sine, cosine), torch.where(odd, cosine, sine)
         sign = torch.where(quadrant % 4 >= 2, -1.0, 1.0).to(dtype)
         noise = torch.stack((radius * cosine * sign, radius * sine * sign), dim=-1)
-    return noise.reshape(*shape[:2], -1)[..., : shape[2]]
+    return noise.flatten(2)[..., : shape[2]]
 
 
 def initial_delta(

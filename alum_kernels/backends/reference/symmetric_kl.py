@@ -13,7 +13,7 @@ a, b are the adversarial and the clean logits (already divided by the temperatur
         d/da = p - q                                                d/db = -q (d - E_q[d])
     js            (KL(p||m) + KL(q||m)) / 2 with m = (p + q) / 2, h(x) = x - log1p(x) >= 0
         KL(p||m) = sum_j p_j h((q_j - p_j) / 2 p_j)                 KL(q||m) likewise
-        d/da = p (log(p/m) - KL(p||m)) / 2                          d/db = q (log(q/m) - KL(q||m)) / 2
+        d/da = p (r - E_p[r]) / 2, r = log(p/m)                     d/db = q (r - E_q[r]) / 2, r = log(q/m)
 
 (u - KL(p||q) = d - E_p[d] and u + KL(q||p) = d - E_q[d]: in terms of d nothing cancels on confident rows.)
 
@@ -162,6 +162,23 @@ def _log_m_over(u: Tensor) -> Tensor:
     return torch.where(u > -1, near, torch.nn.functional.softplus(-u) - _LN2)
 
 
+def _log_over_m(u: Tensor, weight: Tensor) -> Tensor:
+    """log(p / m) less its value where the weight p of a row is largest, given u = log p - log q.
+
+    Where that class all but left the other side, both logarithms are log 2 to many digits and their difference is
+    taken without it; elsewhere they are near u / 2.
+    """
+    top = weight.argmax(-1, keepdim=True)
+    at_top = u.gather(-1, top)
+    log_m = torch.where(at_top > 1, torch.nn.functional.softplus(-u), _log_m_over(u))
+    return log_m.gather(-1, top) - log_m
+
+
+def _centred(weight: Tensor, x: Tensor) -> Tensor:
+    """weight (x - E[x]): the gradient of a mean of x to the logits of the weights."""
+    return weight * (x - (weight * x).sum(-1, keepdim=True))
+
+
 def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -182,9 +199,7 @@ def gradient(
     p, q, d, u, difference, dead = terms
     upstream = grad_rows.unsqueeze(-1) * inv_temperature
     if divergence == "js":
-        of_p, of_q = _divergences_from_middle(terms)
-        da = p * (-_log_m_over(u) - of_p.unsqueeze(-1)) / 2
-        db = q * (-_log_m_over(-u) - of_q.unsqueeze(-1)) / 2
+        da, db = _centred(p, _log_over_m(u, p)) / 2, _centred(q, _log_over_m(-u, q)) / 2
     elif divergence == "kl":
         da = difference
         db = torch.zeros_like(q) if gradient == "detach_targets" else -q * (d - statistics.mean_q.unsqueeze(-1))

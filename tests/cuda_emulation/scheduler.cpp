@@ -1,0 +1,357 @@
+#include "scheduler.h"
+
+#include <algorithm>
+#include <csetjmp>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include "cuda_runtime.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace emulation {
+namespace {
+
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr int kWarp = 32;
+constexpr unsigned char kPoison = 0xFF, kCanary = 0xC5;
+
+enum class Wait { kReady, kExchange, kBlock, kGrid, kExited };
+
+// A stack with a page behind it that nobody may touch.
+class Stack {
+ public:
+  Stack() {
+    void* const memory = mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE) != 0) throw std::bad_alloc();
+    base_ = static_cast<unsigned char*>(memory);
+  }
+  ~Stack() { munmap(base_, kPage + kStackBytes); }
+  Stack(const Stack&) = delete;
+  Stack& operator=(const Stack&) = delete;
+
+  void* low() const { return base_ + kPage; }
+
+ private:
+  unsigned char* base_;
+};
+
+struct Thread {
+  Stack stack;
+  ucontext_t first;    // how it starts
+  std::jmp_buf place;  // where it goes on
+  bool started = false;
+  uint3 thread, block;
+  Wait wait = Wait::kExited;
+  const void* site = nullptr;
+  unsigned mask = 0;
+  int value = 0, lanes = 0;
+};
+
+std::vector<std::unique_ptr<Thread>> pool;  // threads are reused from block to block: a stack costs system calls
+Thread* current = nullptr;
+std::jmp_buf scheduler;
+const std::function<void()>* kernel = nullptr;
+bool cooperative_launch = false;
+std::string refusal;
+std::mt19937_64 shuffle;
+
+// Switches by longjmp: swapcontext would ask the kernel for the signal mask each time.
+void leave(Wait wait) {
+  current->wait = wait;
+  if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
+}
+
+void live() {
+  for (;;) {
+    (*kernel)();
+    current->site = nullptr;
+    leave(Wait::kExited);
+  }
+}
+
+void enter(Thread& thread) {
+  current = &thread;
+  threadIdx = thread.thread;
+  blockIdx = thread.block;
+  if (_setjmp(scheduler) == 0) {
+    if (thread.started) _longjmp(thread.place, 1);
+    thread.started = true;
+    getcontext(&thread.first);
+    thread.first.uc_stack.ss_sp = thread.stack.low();
+    thread.first.uc_stack.ss_size = kStackBytes;
+    thread.first.uc_link = nullptr;
+    makecontext(&thread.first, live, 0);
+    setcontext(&thread.first);
+  }
+  current = nullptr;
+  if (!refusal.empty()) throw Misuse(refusal);
+}
+
+const char* name_of(Wait wait) {
+  switch (wait) {
+    case Wait::kExchange:
+      return "at a warp shuffle";
+    case Wait::kBlock:
+      return "at __syncthreads";
+    case Wait::kGrid:
+      return "at grid.sync";
+    case Wait::kExited:
+      return "at its end";
+    default:
+      return "running";
+  }
+}
+
+[[noreturn]] void diverged(const char* what, const Thread& x, const Thread& y) {
+  char text[256];
+  std::snprintf(text, sizeof(text), "%s diverges in block (%u, %u): thread %u is %s, thread %u is %s%s", what,
+                x.block.x, x.block.y, x.thread.x, name_of(x.wait), y.thread.x, name_of(y.wait),
+                x.wait == y.wait ? ", elsewhere" : "");
+  throw Misuse(text);
+}
+
+bool together(const Thread& x, const Thread& y) {
+  return x.wait == y.wait && x.site == y.site &&
+         (x.wait != Wait::kExchange || (x.mask == y.mask && x.lanes == y.lanes));
+}
+
+template <class Iterator>
+void arrange(Iterator first, Iterator last) {
+  if (device.order == Order::kDescending) std::reverse(first, last);
+  if (device.order == Order::kShuffled) std::shuffle(first, last, shuffle);
+}
+
+class Block {
+ public:
+  Block(uint3 index, int threads, size_t first_thread) : first_(first_thread), count_(threads) {
+    for (int i = 0; i < count_; ++i) {
+      Thread& t = at(i);
+      t.wait = Wait::kReady;
+      t.thread = {static_cast<unsigned>(i), 0, 0};
+      t.block = index;
+    }
+  }
+
+  // Runs until all threads wait for the grid (true) or have ended (false).
+  bool advance() {
+    for (;;) {
+      settle();
+      const Thread& leader = at(0);
+      for (int i = 1; i < count_; ++i) {
+        if (!together(leader, at(i))) diverged("a block", leader, at(i));
+      }
+      if (leader.wait != Wait::kBlock) return leader.wait == Wait::kGrid;
+      release();
+    }
+  }
+
+  void release() {
+    for (int i = 0; i < count_; ++i) at(i).wait = Wait::kReady;
+  }
+
+  const Thread& leader() const { return *pool[first_]; }
+
+ private:
+  Thread& at(int i) { return *pool[first_ + i]; }
+
+  // Until every thread waits for the others of its block or grid, or has ended.
+  void settle() {
+    std::vector<int> warps;
+    for (int w = 0; w * kWarp < count_; ++w) warps.push_back(w);
+    arrange(warps.begin(), warps.end());
+    while (!warps.empty()) {
+      // ascending and descending: one warp as far as it goes; shuffled: now this one, now that
+      const size_t pick = device.order == Order::kShuffled ? shuffle() % warps.size() : 0;
+      if (!pass(warps[pick])) warps.erase(warps.begin() + pick);
+    }
+  }
+
+  // Lets each lane of a warp run until it waits; whether the warp can go on, having met at a shuffle.
+  bool pass(int warp) {
+    const int low = warp * kWarp, high = std::min(low + kWarp, count_);
+    int lanes[kWarp];
+    std::iota(lanes, lanes + (high - low), low);
+    arrange(lanes, lanes + (high - low));
+    int exchanging = -1;
+    for (int lane = 0; lane < high - low; ++lane) {
+      const int i = lanes[lane];
+      if (at(i).wait == Wait::kReady) enter(at(i));
+      if (at(i).wait == Wait::kExchange) exchanging = i;
+    }
+    if (exchanging < 0) return false;
+    int values[kWarp];
+    for (int i = low; i < high; ++i) {
+      if (!together(at(exchanging), at(i))) diverged("a warp", at(exchanging), at(i));
+      values[i - low] = at(i).value;
+    }
+    if (at(low).mask != 0xffffffffu || high - low != kWarp) throw Misuse("a shuffle names lanes that are not there");
+    for (int i = low; i < high; ++i) {
+      at(i).value = values[(i - low) ^ at(i).lanes];
+      at(i).wait = Wait::kReady;
+    }
+    return true;
+  }
+
+  size_t first_;
+  int count_;
+};
+
+// Shared memory of one block: poisoned with NaN, a canary behind it, and no access beyond.
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t bytes) : bytes_(bytes), open_((bytes + kPage - 1) / kPage * kPage + kPage) {
+    protect(PROT_NONE);
+  }
+  ~SharedMemory() { protect(PROT_READ | PROT_WRITE); }
+
+  // What every block begins with; `image` of a waiting block is kept elsewhere while others run.
+  void poison() {
+    std::memset(device.shared, kPoison, bytes_);
+    std::memset(device.shared + bytes_, kCanary, open_ - bytes_);
+  }
+
+  std::vector<unsigned char> image() const { return {device.shared, device.shared + open_}; }
+
+  void restore(const std::vector<unsigned char>& image) { std::copy(image.begin(), image.end(), device.shared); }
+
+  void inspect() const {
+    for (size_t i = bytes_; i < open_; ++i) {
+      if (device.shared[i] != kCanary) {
+        throw Misuse("shared memory: byte " + std::to_string(i) + " of " + std::to_string(bytes_) + " was written");
+      }
+    }
+  }
+
+ private:
+  void protect(int access) {
+    if (open_ < kSharedCapacity && mprotect(device.shared + open_, kSharedCapacity - open_, access) != 0) {
+      throw std::runtime_error("mprotect");
+    }
+  }
+
+  size_t bytes_, open_;
+};
+
+void run_blocks(Index grid, int threads, size_t shared_bytes, bool cooperative) {
+  std::vector<uint3> indices;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) indices.push_back({x, y, z});
+    }
+  }
+  arrange(indices.begin(), indices.end());
+  const size_t at_once = cooperative ? indices.size() : 1;
+  while (pool.size() < at_once * threads) pool.push_back(std::make_unique<Thread>());
+  SharedMemory shared(shared_bytes);
+  if (!cooperative) {
+    for (const uint3& index : indices) {
+      shared.poison();
+      Block(index, threads, 0).advance();
+      shared.inspect();
+    }
+    return;
+  }
+  shared.poison();
+  std::vector<Block> blocks;
+  std::vector<std::vector<unsigned char>> images(indices.size(), shared.image());
+  std::vector<size_t> turns;
+  for (const uint3& index : indices) {
+    turns.push_back(blocks.size());
+    blocks.emplace_back(index, threads, blocks.size() * threads);
+  }
+  for (bool meeting = true; meeting;) {
+    if (device.order == Order::kShuffled) arrange(turns.begin(), turns.end());
+    for (const size_t turn : turns) {
+      Block& block = blocks[turn];
+      shared.restore(images[turn]);
+      meeting = block.advance();
+      shared.inspect();
+      images[turn] = shared.image();
+      const Thread& leader = blocks[turns[0]].leader();
+      if (!together(leader, block.leader())) diverged("the grid", leader, block.leader());
+    }
+    if (meeting) {
+      for (Block& block : blocks) block.release();
+    }
+  }
+}
+
+}  // namespace
+
+void run_grid(Index grid, Index block, size_t shared_bytes, bool cooperative, const std::function<void()>& body) {
+  if (block.y != 1 || block.z != 1) throw Misuse("blocks of more than one dimension are not emulated");
+  gridDim = {grid.x, grid.y, grid.z};
+  blockDim = {block.x, block.y, block.z};
+  kernel = &body;
+  cooperative_launch = cooperative;
+  shuffle.seed(device.shuffle_seed);
+  ++device.launches;
+  try {
+    run_blocks(grid, static_cast<int>(block.x), shared_bytes, cooperative);
+  } catch (...) {
+    for (auto& thread : pool) thread->started = false;
+    refusal.clear();
+    throw;
+  }
+}
+
+void wait_for_block() {
+  current->site = __builtin_return_address(0);
+  leave(Wait::kBlock);
+}
+
+void wait_for_grid() {
+  if (!cooperative_launch) refuse("grid.sync in a launch that is not cooperative");
+  current->site = __builtin_return_address(0);
+  leave(Wait::kGrid);
+}
+
+int exchange(unsigned mask, int value, int lanes) {
+  Thread& self = *current;
+  self.site = __builtin_return_address(0);
+  self.mask = mask;
+  self.value = value;
+  self.lanes = lanes;
+  leave(Wait::kExchange);
+  return self.value;
+}
+
+void refuse(const char* format, ...) {
+  char text[512];
+  va_list values;
+  va_start(values, format);
+  std::vsnprintf(text, sizeof(text), format, values);
+  va_end(values);
+  if (current == nullptr) {
+    std::fprintf(stderr, "cuda emulation: %s\n", text);
+    std::abort();
+  }
+  refusal = text;
+  _longjmp(scheduler, 1);
+}
+
+}  // namespace emulation
+
+// What -fsanitize=alignment calls: hardware faults on such an access.
+namespace {
+struct Place {
+  const char* file;
+  uint32_t line, column;
+};
+}  // namespace
+
+extern "C" void __ubsan_handle_type_mismatch_v1_abort(const Place* place, uintptr_t address) {
+  emulation::refuse("%s:%u: misaligned access to %#zx", place->file, place->line, static_cast<size_t>(address));
+}

@@ -1,0 +1,93 @@
+"""``AdversarialTrainer`` over processes, and where its extra is not installed."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny_models
+import torch
+from tiny_trainer import CLASSIFICATION, trainer_of
+from torch import nn
+
+
+def test_a_model_already_in_distributed_data_parallel_is_seen_through(tmp_path):
+    plain, expected = trainer_of(tiny_models.bert(), tmp_path, CLASSIFICATION)
+    plain.train()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(tiny_models.bert())
+        trainer, gradients = trainer_of(wrapped, tmp_path, CLASSIFICATION, remove_unused_columns=False)
+        trainer.train()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(gradients[0], expected[0], rtol=1e-5, atol=1e-7)
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+import tiny_trainer as t
+for average in (True, False):
+    trainer, gradients = t.trainer_of(
+        t.tiny_models.bert().double(), Path({folder!r}), t.CLASSIFICATION, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, average_tokens_across_devices=average, ddp_backend="gloo",
+    )
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    if trainer.accelerator.process_index == 0:
+        torch.save(gradients[0], Path({folder!r}) / f"{{average}}.pt")
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    """Whether the Trainer counts items over all processes or in each."""
+    trainer, expected = trainer_of(tiny_models.bert().double(), tmp_path, CLASSIFICATION)
+    trainer.train()
+    code = PROCESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ
+            | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    for average in (True, False):
+        gradient = torch.load(tmp_path / f"{average}.pt")
+        torch.testing.assert_close(gradient, expected[0], rtol=1e-8, atol=1e-12)
+
+
+WITHOUT = """
+import sys
+for missing in ("accelerate", "transformers"):
+    sys.modules[missing] = None
+    try:
+        import alum_kernels.integrations.transformers
+    except ImportError as error:
+        print(missing, error)
+    del sys.modules[missing]
+"""
+
+
+def test_without_the_extra_importing_names_it():
+    run = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
+    lines = run.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["accelerate", "transformers"]
+    assert all("pip install 'alum-kernels[transformers]'" in line for line in lines)

@@ -1,0 +1,169 @@
+"""Transformers of two layers with random weights, and batches for them: every kind of model the layer promises."""
+
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+VOCABULARY = 48
+PADDING = 1
+LABELS = 3
+
+_BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 24,
+    "pad_token_id": PADDING,
+    "initializer_range": 0.2,
+}
+
+
+def _dropout(names: tuple[str, ...], dropout: float) -> dict[str, float]:
+    return dict.fromkeys(names, dropout)
+
+
+_BERT_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+def bert(dropout: float = 0.0, *, labels: int = LABELS, seed: int = 0, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(**_BERT, num_labels=labels, **_dropout(_BERT_DROPOUT, dropout), **options)
+    return transformers.BertForSequenceClassification(config).train()
+
+
+def bert_masked_lm(dropout: float = 0.0, *, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(**_BERT, **_dropout(_BERT_DROPOUT, dropout))
+    return transformers.BertForMaskedLM(config).train()
+
+
+def roberta(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        **_BERT, bos_token_id=0, eos_token_id=2, num_labels=LABELS, **_dropout(_BERT_DROPOUT, dropout)
+    )
+    return transformers.RobertaForSequenceClassification(config).train()
+
+
+def gpt2(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=24,
+        initializer_range=0.2,
+        pad_token_id=PADDING,
+        bos_token_id=0,
+        eos_token_id=2,
+        num_labels=LABELS,
+        **_dropout(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
+    )
+    return transformers.GPT2ForSequenceClassification(config).train()
+
+
+def t5(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=PADDING,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+        num_labels=LABELS,
+        dropout_rate=dropout,
+    )
+    return transformers.T5ForSequenceClassification(config).train()
+
+
+def bart(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=24,
+        init_std=0.2,
+        pad_token_id=PADDING,
+        bos_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        num_labels=LABELS,
+        **_dropout(("dropout", "attention_dropout", "activation_dropout", "classifier_dropout"), dropout),
+    )
+    return transformers.BartForSequenceClassification(config).train()
+
+
+CLASSIFIERS = {"bert": bert, "roberta": roberta, "gpt2": gpt2, "t5": t5, "bart": bart}
+
+
+def tokens(samples: int = 4, length: int = 7, *, seed: int = 0) -> dict[str, Tensor]:
+    """Padded sequences of different lengths, each ending in the token 2 that T5 and BART classify at."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, VOCABULARY, (samples, length), generator=generator)
+    lengths = length - torch.arange(samples) % 3
+    position = torch.arange(length)
+    attention_mask = (position < lengths[:, None]).long()
+    input_ids = torch.where(position == lengths[:, None] - 1, 2, input_ids)
+    return {"input_ids": torch.where(attention_mask == 1, input_ids, PADDING), "attention_mask": attention_mask}
+
+
+def classification_batch(samples: int = 4, length: int = 7, *, seed: int = 0) -> dict[str, Tensor]:
+    return {**tokens(samples, length, seed=seed), "labels": torch.arange(samples) % LABELS}
+
+
+def regression_batch(samples: int = 4, length: int = 7) -> dict[str, Tensor]:
+    return {**tokens(samples, length), "labels": torch.linspace(-1, 1, samples)}
+
+
+def masked_lm_batch(samples: int = 4, length: int = 7, *, seed: int = 0) -> dict[str, Tensor]:
+    """Sample b has b % 3 + 1 labelled positions."""
+    batch = tokens(samples, length, seed=seed)
+    labelled = torch.arange(length) < (torch.arange(samples) % 3 + 1)[:, None]
+    return {**batch, "labels": torch.where(labelled, batch["input_ids"], -100)}
+
+
+class BagOfEmbeddings(nn.Module):
+    """Embeddings, and a body that runs on them alone, so that a step can be written out by hand."""
+
+    def __init__(self, *, labels: int = LABELS, hidden: int = 12) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed = nn.Embedding(VOCABULARY, hidden)
+        self.inner, self.out = nn.Linear(hidden, hidden), nn.Linear(hidden, labels)
+
+    def body(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        weight = attention_mask.unsqueeze(-1).to(embeds.dtype)
+        pooled = (torch.tanh(self.inner(embeds)) * weight).sum(1) / weight.sum(1)
+        return self.out(pooled)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.body(self.embed(input_ids), attention_mask)
+
+
+@dataclass
+class Gradients:
+    """Gradients of a model's parameters by name, None where there is none."""
+
+    values: dict[str, Tensor | None]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Gradients":
+        return cls({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()})
+
+    def flat(self) -> Tensor:
+        return torch.cat([grad.flatten() for grad in self.values.values() if grad is not None])

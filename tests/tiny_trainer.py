@@ -1,0 +1,61 @@
+"""Trainers of the tiny models that keep the gradients they compute."""
+
+from pathlib import Path
+
+import tiny_models
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
+
+from alum_kernels import AdversarialConfig
+from alum_kernels.integrations.transformers import AdversarialTrainer
+
+MOVED = AdversarialConfig(alpha=5.0, std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf", steps=2)
+
+
+def samples_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{key: value[index] for key, value in batch.items()} for index in range(len(batch["labels"]))]
+
+
+CLASSIFICATION = samples_of(tiny_models.classification_batch(8))
+REGRESSION = samples_of(tiny_models.regression_batch(8))
+MASKED_LM = samples_of(tiny_models.masked_lm_batch(8))
+
+
+class GradientLog(TrainerCallback):
+    """Gradients as the optimizer gets them, flat, one entry a step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append(tiny_models.Gradients.of(model).flat())
+
+
+def trainer_of(model: nn.Module, folder: Path, samples: list, config: AdversarialConfig = MOVED, **options):
+    """A trainer on ``samples`` in their order, and the gradients it will compute."""
+    arguments = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "label_names": ["labels"],
+    }
+    keywords = {key: options.pop(key) for key in ("compute_loss_func", "eval_dataset", "model_init") if key in options}
+    log = GradientLog()
+    trainer = AdversarialTrainer(
+        model=model,
+        args=TrainingArguments(str(folder), **{**arguments, **options}),
+        train_dataset=samples,
+        callbacks=[log],
+        adversarial=config,
+        **keywords,
+    )
+    return trainer, log.steps
