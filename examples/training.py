@@ -73,7 +73,7 @@ def train(
                 run.seconds.append(_clock(device) - started)
                 schedule.step()
                 run.steps.append(step)
-                run.losses.append(float(loss))
+                run.losses.append(float(loss.detach()))
                 if objective is not None and (step + 1) % TELEMETRY_INTERVAL == 0:
                     run.telemetry.append({"step": step, **objective.telemetry.read()})
                 progress.set_postfix(loss=f"{run.losses[-1]:.3f}")

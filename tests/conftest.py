@@ -76,6 +76,12 @@ def compiled_place(request: pytest.FixtureRequest) -> Place:
     return request.param
 
 
+@pytest.fixture(scope="session", params=_parameters([p for p in PLACES if p.interpreted]))
+def interpreted_place(request: pytest.FixtureRequest) -> Place:
+    """Triton in the interpreter, where there is no GPU."""
+    return request.param
+
+
 @pytest.fixture(scope="session", params=_parameters([p for p in PLACES if p.backend != "reference"]))
 def kernel_place(request: pytest.FixtureRequest) -> Place:
     """As ``place``, without the reference: what only fused kernels promise."""
@@ -84,7 +90,7 @@ def kernel_place(request: pytest.FixtureRequest) -> Place:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory holds NaN (integers their largest value), so that an element nobody wrote cannot pass for a result."""
+    """Fresh memory holds NaN (integers their largest value), so that an unwritten result cannot pass."""
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -20,10 +20,8 @@ if not (ROOT / "benchmarks" / "resources.py").exists():
 REPRESENTATIVE = {
     "noise_init normal bf16": 90,
     "projected_ascent l2 l2 token seed fp32": 80,
-    "projected_ascent l2 l2 group seed bf16": 100,
     "loss+gradient tile V=2048 symmetric_kl full fp32": 90,
     "loss+gradient stream kl full bf16": 100,
-    "loss stream symmetric_kl full fp32": 80,
     "gradient V=4096 symmetric_kl full fp32": 90,
 }
 

@@ -112,7 +112,9 @@ def test_every_instruction_set_computes_the_same(capability, tmp_path):
         rows, gradient = results[columns]
         assert oracle.relative_error(rows, oracle.divergence("symmetric_kl", a, b)) <= (4e-6 if columns <= 64 else 1e-6)
         assert oracle.gradient_errors(gradient, oracle.divergence_gradient("symmetric_kl", a, b)[0])[0] <= 1e-5
-        torch.testing.assert_close(symmetric_kl_grad(a, b, reduction="none", backend="native")[0], rows, rtol=2e-6, atol=0)
+        torch.testing.assert_close(
+            symmetric_kl_grad(a, b, reduction="none", backend="native")[0], rows, rtol=2e-6, atol=0
+        )
     noise = oracle.unit_noise((3, 5, 33), 1)
     assert (results["noise"].double() - (embeds.double() + noise)).abs().max() <= 1.5e-6
     options = {"norm": "l2", "normalize": "l2", "level": "sequence"}
@@ -136,8 +138,12 @@ def test_unknown_instruction_set_is_refused():
 def test_ops_are_where_torch_looks_for_them():
     a, b = oracle.logit_pair(4, 5, 0.1)
     assert torch.equal(symmetric_kl(a, b, backend="native"), symmetric_kl(a, b))
-    assert torch.equal(noise_init(torch.zeros(1, 2, 3), seed=1), noise_init(torch.zeros(1, 2, 3), seed=1, backend="native"))
-    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "alum_kernels_native::" in name}
+    assert torch.equal(
+        noise_init(torch.zeros(1, 2, 3), seed=1), noise_init(torch.zeros(1, 2, 3), seed=1, backend="native")
+    )
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "alum_kernels_native::" in name
+    }
     assert registered == {
         "noise_init", "projected_ascent", "symmetric_kl_loss", "symmetric_kl_gradient", "symmetric_kl_loss_and_gradient"
     }  # fmt: skip

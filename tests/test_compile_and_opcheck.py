@@ -77,7 +77,7 @@ def test_opcheck(kernel_place, op):
 
 
 def adversarial_step(place, embeds: Tensor, weight: Tensor, grad: Tensor, mask: Tensor, seed: Tensor, std: Tensor):
-    """Noise, a stand-in for a model, the divergence, the ascent and the divergence again: all public ops in one graph."""
+    """Noise, a stand-in for a model, the divergence, the ascent, divergences again: all public ops in one graph."""
     backend = place.backend
     clean = embeds @ weight
     noisy = noise_init(embeds, std=std, seed=seed, mask=mask, backend=backend)
@@ -94,15 +94,17 @@ def adversarial_step(place, embeds: Tensor, weight: Tensor, grad: Tensor, mask: 
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiled_step_equals_eager(place, compiler):
+def test_compiled_step_equals_eager(kernel_place, compiler):
     """One graph without a break, forward and backward, whatever the batch: shapes are not compiled in."""
-    if place.interpreted and compiler == "inductor":
+    place = kernel_place
+    if compiler == "inductor" and place.interpreted:
         pytest.skip("inductor has no part in how an interpreted kernel runs: aot_eager covers the graph")
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(
         lambda *tensors: adversarial_step(place, *tensors), fullgraph=True, dynamic=True, backend=compiler
     )
-    for batch, length in ((2, 3), (3, 2), (4, 5)):
+    for batch, length in ((2, 3), (3, 2)):
         embeds, grad, _ = embeddings(place, batch, length, 6)
         weight = embeddings(place, 1, 6, 70)[0][0].clone()
         mask = (torch.arange(batch * length, device=place.device).view(batch, length) % 3 != 1).long()
@@ -112,25 +114,30 @@ def test_compiled_step_equals_eager(place, compiler):
         for step in (lambda *tensors: adversarial_step(place, *tensors), compiled):
             inputs = [embeds.clone().requires_grad_(), weight.clone().requires_grad_()]
             loss, *rest = step(*inputs, grad, mask, seed, std)
-            results.append([loss, *rest, *torch.autograd.grad(loss, inputs)])
+            results.append([loss.detach(), *rest, *torch.autograd.grad(loss, inputs)])
         for eager, other in zip(*results, strict=True):
             torch.testing.assert_close(other, eager, rtol=2e-5, atol=2e-6 * float(eager.abs().max()))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("gradient", ["full", "detach_targets", "detach_clean"])
-@pytest.mark.parametrize("function", [symmetric_kl, kl, js], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("function", "gradient", "reduction"),
+    [
+        (symmetric_kl, "full", "none"),
+        (symmetric_kl, "detach_targets", "mean"),
+        (symmetric_kl, "detach_clean", "sum"),
+        (kl, "full", "batchmean"),
+        (js, "full", "mean"),
+    ],
+)
 def test_compiled_divergence_equals_eager(compiled_place, function, gradient, reduction):
     if function is js and compiled_place.backend != "reference":
         pytest.skip("js is served by the reference backend only")
     a, b = logits(compiled_place, 2, 3, 7)
 
     def run(x: Tensor, y: Tensor) -> Tensor:
-        return function(
-            x, y, gradient=gradient, reduction=reduction, temperature=2.0, backend=compiled_place.backend
-        )
+        return function(x, y, gradient=gradient, reduction=reduction, temperature=2.0, backend=compiled_place.backend)
 
     torch._dynamo.reset()
     results = []
@@ -151,9 +158,7 @@ def test_magnitudes_as_tensors_do_not_recompile(kernel_place):
     embeds, grad, delta = embeddings(kernel_place, 2, 2, 4)
 
     def run(step_size: Tensor, epsilon: Tensor) -> Tensor:
-        return projected_ascent(
-            embeds, grad, delta, step_size=step_size, epsilon=epsilon, backend=kernel_place.backend
-        )
+        return projected_ascent(embeds, grad, delta, step_size=step_size, epsilon=epsilon, backend=kernel_place.backend)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch._dynamo.utils.counters.clear()

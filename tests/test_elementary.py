@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import mpmath
-import oracle
 import numpy as np
+import oracle
 import pytest
 import torch
 

@@ -50,12 +50,8 @@ def test_noise_init(backend, embeds):
 def test_projected_ascent(backend, embeds, norm, normalize, level):
     seed = torch.tensor([1], device="cuda")
     grad = torch.randn_like(embeds)
-    names = launches(
-        lambda: projected_ascent(
-            embeds, grad, seed=seed, step_size=1e-3, epsilon=1e-3, norm=norm, normalize=normalize, level=level,
-            return_stats=True, backend=backend,
-        )  # fmt: skip
-    )
+    options = {"norm": norm, "normalize": normalize, "level": level, "return_stats": True, "backend": backend}
+    names = launches(lambda: projected_ascent(embeds, grad, seed=seed, step_size=1e-3, epsilon=1e-3, **options))
     assert len(names) <= (2 if level == "batch" or (level == "sequence" and backend == "triton") else 1), names
 
 

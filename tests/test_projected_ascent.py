@@ -181,7 +181,12 @@ def test_seed_draws_the_perturbation_of_noise_init_again(place, norm, distributi
 def test_magnitudes_as_tensors(place, form):
     embeds, grad, delta = inputs((2, 3, 6), place.device)
     table = 0.1 + torch.rand(2, 6, generator=torch.Generator().manual_seed(4)).to(place.device)
-    shaped = {"scalar": table[0, 0], "sample": table[:, 2], "token": table[:, 3:].contiguous(), "strided": table[:, ::2]}
+    shaped = {
+        "scalar": table[0, 0],
+        "sample": table[:, 2],
+        "token": table[:, 3:].contiguous(),
+        "strided": table[:, ::2],
+    }
     for norm in ("linf", "l2"):
         check_against_oracle(
             place, embeds, grad, delta, step_size=shaped[form], epsilon=shaped[form], norm=norm, normalize="l2",

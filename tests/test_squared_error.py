@@ -35,10 +35,10 @@ def test_value_and_gradient(dtype, reduction, masked, gradient):
     loss = squared_error(adv, clean, mask=mask, reduction=reduction, gradient=gradient)
     want = torch.where(weight != 0, rows, 0) if reduction == "none" else (rows * weight).sum()
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-14 if dtype == torch.float64 else 1e-6, atol=0)
     loss.sum().backward()
     want = (2 * difference * weight.unsqueeze(-1)).to(dtype)
-    torch.testing.assert_close(adv.grad, want, rtol=2 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-7, atol=0)
+    torch.testing.assert_close(adv.grad, want, rtol=2 * torch.finfo(dtype).eps, atol=0)
     if gradient == "detach_clean":
         assert clean.grad is None
     else:

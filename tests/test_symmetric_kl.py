@@ -32,7 +32,7 @@ def assert_gradient(got: Tensor | None, want: Tensor, dtype: torch.dtype) -> Non
     assert got is not None
     assert got.dtype == dtype
     got, want = got.detach().cpu().double().flatten(0, -2), want.flatten(0, -2)
-    floor = oracle.SMALLEST[dtype] if dtype in oracle.SMALLEST else 0.0
+    floor = oracle.SMALLEST[dtype]
     error = ((got - want).abs() - HALF_PLACE[dtype] * want.abs() - floor).clamp(min=0)
     assert float(error.norm()) <= 1e-5 * float(want.norm())
 
@@ -96,9 +96,9 @@ def test_one_side_alone(place, columns, only):
     assert_gradient(side.grad, oracle.divergence_gradient("symmetric_kl", a, b)["ab".index(only)], torch.float32)
 
 
-@pytest.mark.parametrize("mask_dtype", [None, torch.bool, torch.uint8, torch.int64])
+@pytest.mark.parametrize("mask_dtype", [None, torch.bool, torch.int64])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("columns", [4, 130])
+@pytest.mark.parametrize("columns", [4, 70])
 def test_reductions_and_masks(place, columns, reduction, mask_dtype):
     a, b = (t.view(3, 4, columns) for t in oracle.logit_pair(12, columns, 0.3, device=place.device))
     mask = None
@@ -167,8 +167,10 @@ def test_any_layout(place, layout, columns):
     assert strides == (a.stride(), b.stride())
 
 
-@pytest.mark.parametrize(("columns", "masked", "dtype"), [(3, True, torch.float32), (3, False, torch.float16),
-                                                          (70, False, torch.float32), (70, True, torch.bfloat16)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("columns", "masked", "dtype"),
+    [(3, True, torch.float32), (3, False, torch.float16), (70, False, torch.float32), (70, True, torch.bfloat16)],
+)
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_loss_and_gradient_agree_with_autograd(place, reduction, gradient, columns, masked, dtype):
@@ -331,9 +333,7 @@ def test_calls_are_bitwise_equal_on_any_number_of_threads_and_inputs_stay(compil
     name=st.sampled_from(("symmetric_kl", "kl")),
     seed=st.integers(0, 1000),
 )
-def test_any_call(
-    place, rows, columns, dtype, perturbation, scale, raised, temperature, transposed, name, seed
-):
+def test_any_call(place, rows, columns, dtype, perturbation, scale, raised, temperature, transposed, name, seed):
     a, b = oracle.logit_pair(
         rows[0] * rows[1], columns, perturbation, scale=scale, raised=raised, dtype=dtype, device=place.device,
         seed=seed,

@@ -80,18 +80,14 @@ def test_half_precision_inputs(compiled_place, columns, kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("columns", [2, 17, 64, 130])
-def test_in_the_interpreter(place, columns, kind):
+def test_in_the_interpreter(interpreted_place, columns, kind):
     """The same bounds where Python runs the Triton kernels: fewer rows, rows in registers only."""
-    if not place.interpreted:
-        pytest.skip("test_symmetric_kl has it with more rows")
-    check(place, "symmetric_kl", columns, 32, kind)
+    check(interpreted_place, "symmetric_kl", columns, 32, kind)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("symmetric_kl", "3randn"), ("kl", "8randn+24")])
-def test_streamed_rows_in_the_interpreter(place, kind, name):
-    if not place.interpreted:
-        pytest.skip("test_symmetric_kl has it with more rows")
-    check(place, name, 9000, 2, kind)
+def test_streamed_rows_in_the_interpreter(interpreted_place, kind, name):
+    check(interpreted_place, name, 9000, 2, kind)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ DIVERGENCES = {"symmetric_kl": symmetric_kl, "kl": kl, "js": js}
 INFINITY, NAN = float("inf"), float("nan")
 COLUMNS = (2, 64, 65)
 STORED = 2.0**-24
-"""The backward knows lse(b) of a row to half a unit in its last place: the relative error of a gradient grows with it."""
+"""The backward knows lse(b) of a row to half a unit in its last place: a gradient is off by that absolute error."""
 
 
 def names(place) -> tuple[str, ...]:
@@ -61,9 +61,10 @@ def test_class_that_is_dead_on_one_side_makes_its_row_infinite(place, columns, s
             assert torch.equal(spoilt[[0, 2, 3]], whole[[0, 2, 3]])
 
 
-@pytest.mark.parametrize("columns", [*COLUMNS, 2100])
-@pytest.mark.parametrize("value", [NAN, INFINITY])
-@pytest.mark.parametrize("side", ["a", "b", "both"])
+@pytest.mark.parametrize(("columns", "value", "side"), [
+    (2, NAN, "a"), (2, INFINITY, "b"), (64, NAN, "both"), (64, INFINITY, "a"), (65, NAN, "b"), (65, INFINITY, "both"),
+    (65, INFINITY, "a"), (2100, NAN, "a"), (2100, INFINITY, "b"),
+])  # fmt: skip
 def test_nan_and_infinity_spoil_their_row_and_no_other(place, columns, value, side):
     a, b = oracle.logit_pair(3, columns, 0.3, device=place.device)
     for name in names(place)[:1] if place.interpreted else names(place):
@@ -89,7 +90,7 @@ def test_nan_outweighs_a_dead_class(place, columns):
         assert da[0].isnan().all()
 
 
-@pytest.mark.parametrize("columns", [1, *COLUMNS, 2100])
+@pytest.mark.parametrize("columns", [1, 64, 65, 2100])
 def test_row_without_a_class_is_undefined(place, columns):
     a, b = oracle.logit_pair(3, columns, 0.3, device=place.device)
     a[1], b[1] = -INFINITY, -INFINITY
@@ -100,7 +101,7 @@ def test_row_without_a_class_is_undefined(place, columns):
     assert da[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("columns", [2100, 8300, 9000])
+@pytest.mark.parametrize("columns", [2100, 8300])
 def test_dead_classes_in_whole_blocks_of_long_rows(place, columns):
     """Blocks before, between and after the living classes."""
     a, b = oracle.logit_pair(3, columns, 0.3, device=place.device)
@@ -147,8 +148,8 @@ def test_one_class_has_no_divergence(place):
             assert (result == 0).all()
 
 
-@pytest.mark.parametrize("columns", [2, 64, 65, 2100])
-@pytest.mark.parametrize("shift", [64.0, 1e3, 3e4])
+@pytest.mark.parametrize("columns", [2, 65, 2100])
+@pytest.mark.parametrize("shift", [64.0, 3e4])
 def test_a_common_shift_changes_no_value(place, columns, shift):
     """Logits far from zero, exact in fp32 at eighths: only their differences count."""
     a, b = (((8 * t).round() / 8) for t in oracle.logit_pair(4, columns, 1.0, device=place.device))
@@ -159,7 +160,7 @@ def test_a_common_shift_changes_no_value(place, columns, shift):
         assert float((one - other).norm()) <= (1e-5 + 2 * STORED * shift) * float(other.norm())
 
 
-@pytest.mark.parametrize("gap", [40.0, 80.0, 100.0, 1e3, 1e4])
+@pytest.mark.parametrize("gap", [40.0, 100.0, 1e4])
 @pytest.mark.parametrize("columns", [2, 65])
 def test_sides_that_are_certain_of_different_classes(place, columns, gap):
     a, b = oracle.logit_pair(3, columns, 0.3, device=place.device)
@@ -171,13 +172,11 @@ def test_sides_that_are_certain_of_different_classes(place, columns, gap):
         wanted = oracle.divergence_gradient(name, a, b)
         for gradient, want in ((da, wanted[0]), (at_once, wanted[0]), (db, wanted[1])):
             assert gradient.isfinite().all()
-            assert float((gradient.cpu().double() - want).norm()) <= (1e-4 + 2 * STORED * gap) * float(
-                wanted[0].norm()
-            )
+            assert float((gradient.cpu().double() - want).norm()) <= (1e-4 + 2 * STORED * gap) * float(wanted[0].norm())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "none"])
-@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (2, 0, 130)])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 130)])
 def test_no_rows(place, shape, reduction):
     a, b = (torch.zeros(shape, device=place.device, requires_grad=True) for _ in range(2))
     for name in names(place):

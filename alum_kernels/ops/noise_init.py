@@ -43,7 +43,9 @@ LIBRARY.impl("noise_init", _noise_init, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("alum_kernels::noise_init", lib=LIBRARY)
-def _noise_init_fake(embeds, seed, std_per_token, std, mask, distribution, stream, sample_offset, return_delta, backend):
+def _noise_init_fake(
+    embeds, seed, std_per_token, std, mask, distribution, stream, sample_offset, return_delta, backend
+):
     shape = embeds.shape if return_delta else (0,)
     return embeds.new_empty(embeds.shape), embeds.new_empty(shape, dtype=torch.float32)
 

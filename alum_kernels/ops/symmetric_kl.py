@@ -95,9 +95,7 @@ LIBRARY.impl("symmetric_kl_gradient", _gradient, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("alum_kernels::symmetric_kl_gradient", lib=LIBRARY)
-def _gradient_fake(
-    a, b, statistics, grad_rows, divergence, gradient, inv_temperature, wants_a, wants_b, backend
-):
+def _gradient_fake(a, b, statistics, grad_rows, divergence, gradient, inv_temperature, wants_a, wants_b, backend):
     return a.new_empty(a.shape if wants_a else (0,)), b.new_empty(b.shape if wants_b else (0,))
 
 
@@ -158,9 +156,7 @@ class _RowDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, row_weight, divergence, gradient, inv_temperature, backend):
         if backend == "reference":
-            rows, statistics = reference.loss(
-                a, b, row_weight, divergence=divergence, inv_temperature=inv_temperature
-            )
+            rows, statistics = reference.loss(a, b, row_weight, divergence=divergence, inv_temperature=inv_temperature)
             ctx.save_for_backward(a, b)
         else:
             rows, statistics = torch.ops.alum_kernels.symmetric_kl_loss(

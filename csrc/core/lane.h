@@ -59,11 +59,18 @@ ALUM_INLINE float square_root(float x) {
 #endif
 }
 
-ALUM_INLINE uint32_t multiply_high(uint32_t a, uint32_t b) {
+// Both words of 32 x 32 bit products.
+template <class U>
+struct Product {
+  U high, low;
+};
+
+ALUM_INLINE Product<uint32_t> multiply_wide(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
-  return __umulhi(a, b);
+  return {__umulhi(a, b), a * b};
 #else
-  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
 #endif
 }
 

@@ -14,17 +14,27 @@ struct Words {
   U x0, x1, x2, x3;
 };
 
-template <class U>
-ALUM_INLINE Words<U> philox(uint64_t seed, Words<U> x) {
+// Several counters at once: a round waits for the one before it, and the counters do not wait for each other.
+template <class U, int kCount>
+ALUM_INLINE void philox(uint64_t seed, Words<U> (&counters)[kCount]) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    const U high0 = multiply_high(x.x0, 0xD2511F53u), low0 = x.x0 * 0xD2511F53u;
-    const U high1 = multiply_high(x.x2, 0xCD9E8D57u), low1 = x.x2 * 0xCD9E8D57u;
-    x = {high1 ^ x.x1 ^ key0, low1, high0 ^ x.x3 ^ key1, low0};
+    ALUM_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const Words<U> x = counters[i];
+      const Product<U> first = multiply_wide(x.x0, 0xD2511F53u), second = multiply_wide(x.x2, 0xCD9E8D57u);
+      counters[i] = {second.high ^ x.x1 ^ key0, second.low, first.high ^ x.x3 ^ key1, first.low};
+    }
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  return x;
+}
+
+template <class U>
+ALUM_INLINE Words<U> philox(uint64_t seed, Words<U> counter) {
+  Words<U> counters[1] = {counter};
+  philox(seed, counters);
+  return counters[0];
 }
 
 // Uniform on (0, 1), a multiple of 2^-24 that fp32 holds exactly: the 23 top bits become the mantissa of 1.f.

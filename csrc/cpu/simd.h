@@ -42,21 +42,27 @@ ALUM_INLINE Vec square_root(Vec x) {
 #endif
 }
 
-// High words of 32 x 32 bit products: even and odd lanes are multiplied apart, to 64 bits each.
-ALUM_INLINE UintVec multiply_high(UintVec a, uint32_t b) {
+// Even and odd lanes are multiplied apart, to 64 bits each.
+ALUM_INLINE Product<UintVec> multiply_wide(UintVec a, uint32_t b) {
 #if defined(__AVX512F__)
   const __m512i x = (__m512i)a, y = _mm512_set1_epi32(static_cast<int>(b));
-  const __m512i even = _mm512_maskz_srli_epi64(0xff, _mm512_maskz_mul_epu32(0xff, x, y), 32);
+  const __m512i even = _mm512_maskz_mul_epu32(0xff, x, y);
   const __m512i odd = _mm512_maskz_mul_epu32(0xff, _mm512_maskz_srli_epi64(0xff, x, 32), y);
-  return (UintVec)_mm512_mask_mov_epi32(even, 0xaaaa, odd);
+  return {(UintVec)_mm512_mask_mov_epi32(_mm512_maskz_srli_epi64(0xff, even, 32), 0xaaaa, odd),
+          (UintVec)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_maskz_slli_epi64(0xff, odd, 32))};
 #elif defined(__AVX2__)
   const __m256i x = (__m256i)a, y = _mm256_set1_epi32(static_cast<int>(b));
-  const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(x, y), 32);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
-  return (UintVec)_mm256_blend_epi32(even, odd, 0xaa);
+  const __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
+  return {(UintVec)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa),
+          (UintVec)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)};
 #else
-  for (int i = 0; i < kWidth; ++i) a[i] = multiply_high(static_cast<uint32_t>(a[i]), b);
-  return a;
+  Product<UintVec> product{};
+  for (int i = 0; i < kWidth; ++i) {
+    const Product<uint32_t> lane = multiply_wide(static_cast<uint32_t>(a[i]), b);
+    product.high[i] = lane.high;
+    product.low[i] = lane.low;
+  }
+  return product;
 #endif
 }
 

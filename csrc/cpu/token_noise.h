@@ -11,26 +11,34 @@
 
 ALUM_BEGIN
 
-// Features that one vector of Philox calls serves.
-constexpr int kChunk = 4 * kWidth;
+// Vectors of Philox counters at a time, and the features that they serve.
+constexpr int kCounters = 2;
+constexpr int kChunk = 4 * kWidth * kCounters;
 
-// Unit noise of features [h, h + 4 kWidth) of a token, times std, into `chunk`. h is a multiple of four.
+// Unit noise of features [h, h + kChunk) of a token, times std, into `chunk`. h is a multiple of four.
 // One function that every kernel calls: inlined into each, it would be most of the module.
 ALUM_NOINLINE inline void draw_chunk(const NoiseSource& noise, float std, int64_t sample, int64_t position, int64_t h,
                                      float* chunk) {
+  const UintVec zero{};
   UintVec group;
   for (int i = 0; i < kWidth; ++i) group[i] = static_cast<uint32_t>(h / 4 + i);
-  const UintVec zero{};
-  const Words<UintVec> counter{group, zero + static_cast<uint32_t>(position),
-                               zero + static_cast<uint32_t>(noise.sample_offset + sample), zero + noise.stream};
-  const Quad<Vec> z = unit_noise<Vec>(philox(static_cast<uint64_t>(*noise.seed), counter), noise.normal);
-  // features in order: x0[0] x1[0] x2[0] x3[0] x0[1] ...
-  const Vec even_low = interleave<false>(z.x0, z.x2), odd_low = interleave<false>(z.x1, z.x3);
-  const Vec even_high = interleave<true>(z.x0, z.x2), odd_high = interleave<true>(z.x1, z.x3);
-  store(chunk, std * interleave<false>(even_low, odd_low));
-  store(chunk + kWidth, std * interleave<true>(even_low, odd_low));
-  store(chunk + 2 * kWidth, std * interleave<false>(even_high, odd_high));
-  store(chunk + 3 * kWidth, std * interleave<true>(even_high, odd_high));
+  Words<UintVec> words[kCounters];
+  for (int k = 0; k < kCounters; ++k) {
+    words[k] = {group + static_cast<uint32_t>(k * kWidth), zero + static_cast<uint32_t>(position),
+                zero + static_cast<uint32_t>(noise.sample_offset + sample), zero + noise.stream};
+  }
+  philox(static_cast<uint64_t>(*noise.seed), words);
+  for (int k = 0; k < kCounters; ++k) {
+    const Quad<Vec> z = unit_noise<Vec>(words[k], noise.normal);
+    float* to = chunk + k * 4 * kWidth;
+    // features in order: x0[0] x1[0] x2[0] x3[0] x0[1] ...
+    const Vec even_low = interleave<false>(z.x0, z.x2), odd_low = interleave<false>(z.x1, z.x3);
+    const Vec even_high = interleave<true>(z.x0, z.x2), odd_high = interleave<true>(z.x1, z.x3);
+    store(to, std * interleave<false>(even_low, odd_low));
+    store(to + kWidth, std * interleave<true>(even_low, odd_low));
+    store(to + 2 * kWidth, std * interleave<false>(even_high, odd_high));
+    store(to + 3 * kWidth, std * interleave<true>(even_high, odd_high));
+  }
 }
 
 // Calls body(h, count, x) for every vector of a token's features; count < kWidth in the last one only, where lanes

@@ -77,9 +77,7 @@ def projected_ascent(
     for dim in dims[1:]:
         climbs = climbs.all(dim, keepdim=True)
     climbs = climbs & (largest >= SMALLEST_NORMAL)
-    direction = _normalise(
-        torch.where(climbs, grad, 1), torch.where(climbs, largest, 1), normalize, dims
-    )
+    direction = _normalise(torch.where(climbs, grad, 1), torch.where(climbs, largest, 1), normalize, dims)
     moved = delta + torch.where(climbs & valid, step * direction, 0)
 
     if norm == "linf":

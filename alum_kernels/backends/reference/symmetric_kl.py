@@ -156,10 +156,15 @@ def _divergences_from_middle(terms: _Terms) -> tuple[Tensor, Tensor]:
     return of_p.sum(-1), of_q.sum(-1)
 
 
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x); beyond 80, where torch's default is 20, it is x to the last digit of float64."""
+    return torch.nn.functional.softplus(x, threshold=80)
+
+
 def _log_m_over(u: Tensor) -> Tensor:
     """log(m / p) = log((1 + e^-u) / 2), given u = log p - log q."""
     near = torch.log1p(torch.expm1(-u.clamp(min=-1)) / 2)
-    return torch.where(u > -1, near, torch.nn.functional.softplus(-u) - _LN2)
+    return torch.where(u > -1, near, _softplus(-u) - _LN2)
 
 
 def _log_over_m(u: Tensor, weight: Tensor) -> Tensor:
@@ -170,12 +175,12 @@ def _log_over_m(u: Tensor, weight: Tensor) -> Tensor:
     """
     top = weight.argmax(-1, keepdim=True)
     at_top = u.gather(-1, top)
-    log_m = torch.where(at_top > 1, torch.nn.functional.softplus(-u), _log_m_over(u))
+    log_m = torch.where(at_top > 1, _softplus(-u), _log_m_over(u))
     return log_m.gather(-1, top) - log_m
 
 
 def _centred(weight: Tensor, x: Tensor) -> Tensor:
-    """weight (x - E[x]): the gradient of a mean of x to the logits of the weights."""
+    """The gradient of a mean of x to the logits of its weights, weight (x - E[x])."""
     return weight * (x - (weight * x).sum(-1, keepdim=True))
 
 

@@ -9,7 +9,7 @@ import torch
 @functools.cache
 def _import_error() -> str | None:
     try:
-        import triton  # noqa: F401, PLC0415 - importing is the question
+        import triton  # noqa: F401 - importing is the question
     except ImportError as error:
         return f"triton does not import: {error}"
     return None

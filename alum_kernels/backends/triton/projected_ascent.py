@@ -8,8 +8,8 @@ Phases, each a reduction over a group's unmasked elements that needs those befor
     4  sum (delta' / max|delta'|)^2             norm = l2
     5  write
 
-``_ascend`` gives each program a tile of tokens; at token level groups are the tile's rows. At sequence and batch level a
-program goes through all tiles of its group once a phase: one launch, whose parallelism is the number of groups.
+``_ascend`` gives each program a tile of tokens; at token level groups are the tile's rows. At sequence and batch level
+a program goes through all tiles of its group once a phase: one launch, whose parallelism is the number of groups.
 
     reads   embeds, grad (B, S, H), delta (B, S, H) fp32 or the seed, step, epsilon (B, S) or numbers, mask (B, S)
     writes  embeds + delta'' (B, S, H); delta'' (B, S, H) fp32 and statistics (B, S, 4) fp32 if asked for
@@ -61,7 +61,7 @@ def _tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """(token, offset, inside, kept, g, delta, step) of ROWS tokens x COLUMNS features; g and delta zero where masked."""
+    """(token, offset, inside, kept, g, delta, step) of ROWS tokens x COLUMNS features; g, delta zero where masked."""
     token = first_token + tl.arange(0, ROWS).to(tl.int64)[:, None]
     batch, position = token // length, token % length
     exists = token < end_token

@@ -8,11 +8,11 @@
 Both loss kernels write the gradient of a in the same launch where it is wanted; the stream reads its row again for it.
 
     reads   a, b (O, I, V) fp32/bf16/fp16; row_weight (O, I) fp32; statistics (5, O, I), grad_rows (O, I) fp32
-    writes  loss (O, I) fp32, statistics (5, O, I) fp32; da, db (O, I, V). Nothing else of the size of the logits exists.
+    writes  loss (O, I) fp32, statistics (5, O, I) fp32; da, db (O, I, V). Nothing else is as large as the logits.
 
 The running sums of the stream, with w2 = e^(b - M), w1 = w2 e^d, d = (a - b) - c, M and c at the largest b so far:
-L1 = sum w1, L2 = sum w2, B = sum (w1 - w2), P = sum w1 d, A = sum w2 d, C = sum (w1 - w2) d. When a block raises the largest
-b, then with D = c_new - c, and after scaling all by e^(M - M_new), in this order:
+L1 = sum w1, L2 = sum w2, B = sum (w1 - w2), P = sum w1 d, A = sum w2 d, C = sum (w1 - w2) d. When a block raises the
+largest b, then with D = c_new - c, and after scaling all by e^(M - M_new), in this order:
 
     B' = e^-D B + expm1(-D) L2      C' = e^-D C + expm1(-D) A - D B'      A' = A - D L2      P' = e^-D (P - D L1)
     L1' = e^-D L1
@@ -86,10 +86,7 @@ def _gradient_of(w1, w2, difference, d, mean_p, mean_q, DIVERGENCE: tl.constexpr
     """(da, db) before the upstream factor."""
     if DIVERGENCE == "kl":
         da = difference
-        if CONVENTION == "full":
-            db = -w2 * (d - mean_q)
-        else:
-            db = difference * 0.0
+        db = -w2 * (d - mean_q) if CONVENTION == "full" else difference * 0.0
     else:
         if CONVENTION == "detach_targets":
             da, db = difference, -difference
@@ -225,7 +222,7 @@ def _block(a_ptr, b_ptr, start, columns, BLOCK: tl.constexpr):
     inside = column < columns
     a = tl.load(a_ptr + column, mask=inside, other=-INFINITY).to(tl.float32)
     b = tl.load(b_ptr + column, mask=inside, other=-INFINITY).to(tl.float32)
-    return column, inside, a, b
+    return column, a, b
 
 
 @triton.jit
@@ -276,7 +273,7 @@ def _stream_rows(
     one_sided = tl.full((), 0, tl.int32)
     alive = tl.full((), 0, tl.int32)
     for start in range(0, length, BLOCK):
-        column, inside, a, b = _block(a_row, b_row, start, columns, BLOCK)
+        column, a, b = _block(a_row, b_row, start, columns, BLOCK)
         regular = (a < INFINITY) & (b < INFINITY)
         apart = (a == -INFINITY) != (b == -INFINITY)
         irregular = tl.maximum(irregular, tl.max(tl.where(regular, 0, 1), 0))
@@ -326,7 +323,7 @@ def _stream_rows(
         sum_a = tl.full((), 0.0, tl.float64)
         sum_p = tl.full((), 0.0, tl.float64)
         for start in range(0, length, BLOCK):
-            column, inside, a, b = _block(a_row, b_row, start, columns, BLOCK)
+            column, a, b = _block(a_row, b_row, start, columns, BLOCK)
             dead = b == -INFINITY
             d = tl.where(dead, 0.0, (a - b) * inv_temperature - c)
             w1 = exp_sum(tl.where(dead, NO_WEIGHT, (a - max_a) * inv_temperature), d * 0.0)
@@ -351,7 +348,7 @@ def _stream_rows(
         # as a value KL(q||p) is a sum of terms >= 0, with Lambda known
         total = tl.full((), 0.0, tl.float64)
         for start in range(0, length, BLOCK):
-            column, inside, a, b = _block(a_row, b_row, start, columns, BLOCK)
+            column, a, b = _block(a_row, b_row, start, columns, BLOCK)
             dead = (b == -INFINITY) | (undefined != 0)
             u = tl.where(dead, 0.0, (a - b) * inv_temperature - c - log_ratio)
             w1, w2, difference = _weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), u * 0.0, u)
@@ -371,14 +368,10 @@ def _stream_rows(
     if WANTS_GRADIENT:
         upstream = weight * grad_scale * inv_temperature
         for start in range(0, columns, BLOCK):
-            column, inside, a, b = _block(a_row, b_row, start, length, BLOCK)
-            da, _ = _class_gradient(
-                a, b, lse_b, c, log_ratio, mean_p, mean_q, inv_temperature, DIVERGENCE, CONVENTION
-            )  # fmt: skip
+            column, a, b = _block(a_row, b_row, start, length, BLOCK)
+            da, _ = _class_gradient(a, b, lse_b, c, log_ratio, mean_p, mean_q, inv_temperature, DIVERGENCE, CONVENTION)
             da = _settled(da, upstream + da * 0.0, undefined)
-            tl.store(
-                grad_ptr + row * columns + column, narrowed(da, grad_ptr.dtype.element_ty), mask=column < columns
-            )  # fmt: skip
+            tl.store(grad_ptr + row * columns + column, narrowed(da, grad_ptr.dtype.element_ty), mask=column < columns)
 
 
 @triton.jit
@@ -425,9 +418,17 @@ def _gradient(
     undefined = lse_b != lse_b
     usable = tl.where(undefined, 0.0, lse_b)
     da, db = _class_gradient(
-        tl.where(undefined, -INFINITY, a), tl.where(undefined, -INFINITY, b), usable, c, log_ratio, mean_p, mean_q,
-        inv_temperature, DIVERGENCE, CONVENTION,
-    )  # fmt: skip
+        tl.where(undefined, -INFINITY, a),
+        tl.where(undefined, -INFINITY, b),
+        usable,
+        c,
+        log_ratio,
+        mean_p,
+        mean_q,
+        inv_temperature,
+        DIVERGENCE,
+        CONVENTION,
+    )
     at = row * columns + column
     if WANTS_A:
         da = _settled(da, upstream + da * 0.0, undefined)
