@@ -6,10 +6,12 @@
 #
 # PYTHON     the interpreter to start from (its torch is used if it has one)
 # TORCH      what to install where there is none
+# WORKERS    test processes (a core each)
 # ARGS       arguments for the demo, such as ARGS="--train train.tsv --dev dev.tsv"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+WORKERS ?= auto
 BIN := $(VENV)/bin
 NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml VERSION $(wildcard csrc/*.cpp csrc/*/*)
 
@@ -24,10 +26,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.test
-	$(BIN)/pip install -q ruff clang-format
+	$(BIN)/pip install -q 'ruff>=0.12' 'clang-format>=20'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*)
@@ -41,17 +43,21 @@ gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
-	rm -rf $(VENV) build demo-output alum_kernels/_C*.so alum_kernels/_build.json
+	rm -rf $(VENV) build demo-output *.egg-info alum_kernels/_C*.so alum_kernels/_build.json
 
-# A torch that the interpreter already has is kept, whatever it was built for.
+# A torch that the interpreter already has is kept, whatever it was built for: the new environment sees the place where it
+# lies (also where the interpreter is itself one of a virtual environment), and pip may not put another one beside it.
 $(VENV)/.torch:
-	@if $(PYTHON) -c "import torch" 2>/dev/null; then site=--system-site-packages; else site=; fi; \
-	  echo "virtual environment $(VENV) $$site"; $(PYTHON) -m venv --clear $$site $(VENV)
-	$(BIN)/pip install -q --upgrade pip "setuptools>=77" wheel cmake ninja pybind11
+	@echo "virtual environment $(VENV)"; $(PYTHON) -m venv --clear $(VENV)
+	@if found=$$($(PYTHON) -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])" 2>/dev/null); then \
+	  echo "with the torch in $$found"; \
+	  echo "$$found" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/inherited.pth"; fi
+	$(BIN)/pip install -q --upgrade pip "setuptools>=77" wheel cmake ninja pybind11 numpy
 	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "installing $(TORCH)"; $(BIN)/pip install -q $(TORCH); }
+	@$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/constraints.txt
 	@touch $@
 
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.torch $(NATIVE_SOURCES)
 	@echo "building and installing alum_kernels[$(subst .,,$(notdir $@))]"
-	$(BIN)/pip install -q --no-build-isolation -e ".[$(subst .,,$(notdir $@))]"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[$(subst .,,$(notdir $@))]"
 	@touch $@

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,6 +23,11 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = (ROOT / "VERSION").read_text().strip()
+
+
+# cmake and ninja from this interpreter's own packages come before the system's, also where its folder is not on the PATH.
+SEARCH_PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+DEMANDED = os.environ.get("ALUM_NATIVE") == "1" or os.environ.get("ALUM_CUDA") == "1"
 
 
 def find_nvcc() -> str | None:
@@ -34,6 +40,8 @@ def find_nvcc() -> str | None:
 
 def obstacle() -> str | None:
     """What keeps the native module from being built here, or None."""
+    if sys.platform != "linux":
+        return f"it is built on Linux only, this is {sys.platform}"
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         return "no C++ compiler was found"
     try:
@@ -44,7 +52,7 @@ def obstacle() -> str | None:
         import pybind11  # noqa: F401
     except ImportError:
         return "pybind11 was not importable in the build environment"
-    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=SEARCH_PATH) is None]
     return f"{' and '.join(missing)} not on the PATH" if missing else None
 
 
@@ -56,7 +64,7 @@ def plan() -> tuple[bool, str]:
     reason = obstacle()
     if reason is None:
         return True, "built"
-    if wanted == "1" or os.environ.get("ALUM_CUDA") == "1":
+    if DEMANDED:
         raise SystemExit(f"alum_kernels: the native module was demanded, but {reason}")
     return False, f"skipped: {reason}"
 
@@ -64,27 +72,47 @@ def plan() -> tuple[bool, str]:
 BUILD_NATIVE, RECORD = plan()
 
 
+def leave_record(package: Path, text: str) -> None:
+    """The line that tells the installed package, and the person installing, what was built."""
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build.json").write_text(json.dumps({"native": text}) + "\n")
+    print(f"alum_kernels: native module {text}", file=sys.stderr)
+
+
 class RecordBuild(build_py):
-    """Leaves the record of the native build beside the package."""
+    """Leaves the record where nothing is built; else the build does."""
 
     def run(self) -> None:
         super().run()
-        folder = ROOT if self.editable_mode else Path(self.build_lib)
-        (folder / "alum_kernels" / "_build.json").write_text(json.dumps({"native": RECORD}) + "\n")
         if not BUILD_NATIVE:
-            print(f"alum_kernels: native module {RECORD}", file=sys.stderr)
+            leave_record((ROOT if self.editable_mode else Path(self.build_lib)) / "alum_kernels", RECORD)
 
 
 class BuildNative(build_ext):
-    """Runs CMake, whose one target is the module."""
+    """Runs CMake, whose one target is the module. A build that fails is recorded, unless it was demanded."""
 
     def build_extension(self, ext: Extension) -> None:
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        try:
+            self.run_cmake(ext)
+        except subprocess.CalledProcessError as error:
+            if DEMANDED:
+                raise SystemExit(
+                    f"alum_kernels: the native module was demanded, but its build failed: {error}"
+                ) from error
+            leave_record(
+                ROOT / "alum_kernels" if self.editable_mode else package, f"skipped: the build failed: {error}"
+            )
+        else:
+            leave_record(ROOT / "alum_kernels" if self.editable_mode else package, RECORD)
+
+    def run_cmake(self, ext: Extension) -> None:
         import pybind11
         import torch
         from torch.utils import cpp_extension
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        folder = Path(self.build_temp).resolve()
+        folder = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
         folder.mkdir(parents=True, exist_ok=True)
         options = {
             "ALUM_OUTPUT": output,
@@ -98,8 +126,9 @@ class BuildNative(build_ext):
             **self.cuda_options(),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *defines], check=True)
-        subprocess.run(["cmake", "--build", folder], check=True)
+        cmake, environment = shutil.which("cmake", path=SEARCH_PATH), {**os.environ, "PATH": SEARCH_PATH}
+        subprocess.run([cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *defines], check=True, env=environment)
+        subprocess.run([cmake, "--build", folder], check=True, env=environment)
 
     def cuda_options(self) -> dict[str, str]:
         wanted, nvcc = os.environ.get("ALUM_CUDA"), find_nvcc()
@@ -112,6 +141,6 @@ class BuildNative(build_ext):
 
 
 setup(
-    ext_modules=[Extension("alum_kernels._C", sources=[])] if BUILD_NATIVE else [],
+    ext_modules=[Extension("alum_kernels._C", sources=[], optional=not DEMANDED)] if BUILD_NATIVE else [],
     cmdclass={"build_py": RecordBuild, "build_ext": BuildNative},
 )

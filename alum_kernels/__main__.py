@@ -92,7 +92,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         out.append(f"native module {built}")
     else:
         cuda = (
-            f"{built['cuda_compiler']} for {built['cuda_architectures']}"
+            f"{built['cuda_compiler']} for {', '.join(built['cuda_architectures'])}"
             if built["cuda_architectures"]
             else "without CUDA"
         )

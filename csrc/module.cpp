@@ -3,7 +3,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <sstream>
 #include <string>
+#include <vector>
 
 #include "core/arguments.h"
 #include "core/exact_row.h"
@@ -15,6 +17,13 @@ namespace py = pybind11;
 
 namespace {
 
+std::vector<std::string> split(const std::string& list) {
+  std::vector<std::string> parts;
+  std::istringstream stream(list);
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  return parts;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = ALUM_VERSION;
@@ -22,7 +31,7 @@ py::dict build_info() {
   info["torch_target"] = ALUM_TORCH_TARGET;
   info["torch_built_with"] = ALUM_TORCH_BUILT_WITH;
   info["cuda_compiler"] = ALUM_CUDA_COMPILER;
-  info["cuda_architectures"] = alum::cuda::architectures();
+  info["cuda_architectures"] = split(alum::cuda::architectures());
   info["cuda_stream_resolved"] = alum::cuda::stream_resolved();
   info["cpu_capability"] = alum::cpu::capability();
   return info;

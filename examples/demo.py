@@ -59,18 +59,18 @@ def arguments() -> argparse.Namespace:
         default=",".join(DEFAULT_METHODS),
         help=f"comma-separated, of {', '.join(FINE_TUNING)} (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=25, help="fine-tuning steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="fine-tuning steps (default: %(default)s)")
     parser.add_argument(
         "--pretraining-steps",
         type=int,
-        default=12,
+        default=8,
         help="steps of each half of the curriculum; 0 skips it (%(default)s)",
     )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=48, help="tokens a sequence (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument(
-        "--dev-examples", type=int, default=128, help="evaluated examples at most (default: %(default)s)"
+        "--dev-examples", type=int, default=96, help="evaluated examples at most (default: %(default)s)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

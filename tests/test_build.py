@@ -39,6 +39,8 @@ def test_record_of_the_build_tells_what_is_there():
     if record.startswith("skipped"):
         assert MODULE is None
         assert record in REASON
+    else:
+        assert MODULE is not None, REASON
 
 
 def test_missing_module_says_why(monkeypatch, tmp_path):
@@ -65,7 +67,7 @@ def test_build_facts():
     assert facts["version"] == alum_kernels.__version__ == version
     assert re.search(r"\d+\.\d+", facts["compiler"])
     assert facts["cpu_capability"] in ("baseline", "avx2", "avx512")
-    assert all(re.fullmatch(r"\d+[af]?(-virtual)?|sm_\w+|compute_\w+", name) for name in facts["cuda_architectures"])
+    assert all(re.fullmatch(r"\d+[af]?", name) for name in facts["cuda_architectures"])
     assert isinstance(facts["cuda_stream_resolved"], bool)
     if facts["cuda_architectures"]:
         assert "." in facts["cuda_compiler"]

@@ -302,7 +302,8 @@ def threads(number: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("columns", [3, 70, 3000])
 def test_calls_are_bitwise_equal_on_any_number_of_threads_and_inputs_stay(compiled_place, columns):
-    a, b = oracle.logit_pair(700, columns, 0.3, device=compiled_place.device)
+    rows = 64 if compiled_place.backend == "reference" else 700
+    a, b = oracle.logit_pair(rows, columns, 0.3, device=compiled_place.device)
     copies = a.clone(), b.clone()
 
     def run(number: int) -> list[Tensor]:

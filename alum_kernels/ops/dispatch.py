@@ -11,7 +11,7 @@ BACKENDS = ("reference", "native", "triton")
 
 FASTEST = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 """Backends of a device type, fastest first. The order on the CPU is measured (``python -m benchmarks.ops``); the order
-on CUDA is the design's and stands until a measurement there is committed under ``benchmarks/results``. Device types not
+on CUDA is a plan that stands until a measurement there is committed under ``benchmarks/results``. Device types not
 named here use the reference."""
 
 LIBRARY = torch.library.Library("alum_kernels", "DEF")

@@ -13,8 +13,8 @@ ALUM_BEGIN
 // Up to here a row's terms are too few to average the rounding of J = C / L1 - ... out, and J is summed term by term.
 constexpr int64_t kTermwiseColumns = 2048;
 
-// Up to here differences of fp32 logits are carried exactly; beyond, their rounding averages out too. Those of bf16 and
-// fp16 logits fit in fp32 as they are.
+// Up to here differences of fp32 logits are carried exactly; beyond, their rounding averages out too. (Those of bf16
+// and fp16 logits can need more than 24 bits as well, where the two are far apart.)
 constexpr int64_t kExactRowColumns = 16384;
 
 struct RowExtremes {

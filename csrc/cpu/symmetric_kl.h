@@ -21,10 +21,6 @@ ALUM_BEGIN
 // Vectors that are summed in fp32 before the sum is carried on in double.
 constexpr int kFold = 64;
 
-// Differences of bf16 and fp16 logits fit in fp32 as they are.
-template <class T>
-constexpr bool kDifferencesAreRounded = std::is_same_v<T, float>;
-
 template <class T>
 struct RowPair {
   const T *a, *b;
@@ -149,7 +145,7 @@ float analyse_row(const RowPair<T>& row, const DivergenceArguments& args, RowSta
     stats = {nan, nan, nan, nan, nan};
     return x.regular ? __builtin_inff() : nan;
   }
-  const bool exact = kDifferencesAreRounded<T> && row.columns <= kExactRowColumns;
+  const bool exact = row.columns <= kExactRowColumns;
   const RowResult result =
       exact ? row_result<true>(row, x, args.inv_temperature) : row_result<false>(row, x, args.inv_temperature);
   stats = result.statistics;

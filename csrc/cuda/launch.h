@@ -20,7 +20,7 @@ void* current_stream(int32_t device_index);
 // Whether libtorch_cuda provided the function behind current_stream.
 bool stream_resolved();
 
-// Architectures with machine code in this module, such as "80;86;90a", or "" where it was built without CUDA.
+// Architectures with machine code in this module, such as "80,86,90a", or "" where it was built without CUDA.
 const char* architectures();
 
 }  // namespace alum::cuda

@@ -106,7 +106,7 @@ struct WarpToken {
         const float free = moved(args.normalize, element(delta, i), element(g, i), step, group);
         bound[i] = projected(args.norm, free, epsilon, group);
         if (i < count) {
-          const float rounded = widen(narrow<T>(element(e, i) + bound[i]));
+          const float rounded = widen(narrow<T>(__fadd_rn(element(e, i), bound[i])));
           counts.x += bound[i] * bound[i];
           counts.y += bound[i] != free ? 1.0f : 0.0f;
           counts.z += rounded == element(e, i) && bound[i] != 0.0f ? 1.0f : 0.0f;

@@ -19,9 +19,6 @@ constexpr int kShortRowThreads = 128;
 constexpr int kElementThreads = 256;
 constexpr int kMostRowThreads = 1024;
 
-template <class T>
-constexpr bool kDifferencesAreRounded = std::is_same_v<T, float>;
-
 __device__ __forceinline__ float weight_of(const DivergenceArguments& args, int64_t n) {
   return args.row_weight.data == nullptr ? 1.0f : args.row_weight.at(n);
 }
@@ -372,10 +369,8 @@ void launch_rows(const DivergenceArguments& args, Rule rule, void* stream) {
     const bool staged = kRoomBytes + stage <= room;
     LaunchShape shape{dim3(grid_for(args.rows, 1)), dim3(static_cast<unsigned>(row_threads(args.columns)))};
     shape.shared_bytes = kRoomBytes + (staged ? stage : 0);
-    if constexpr (kDifferencesAreRounded<T>) {
-      if (args.columns <= kExactRowColumns) {
-        return launch(long_rows_kernel<T, kPack, true>, shape, stream, args, rule, staged);
-      }
+    if (args.columns <= kExactRowColumns) {
+      return launch(long_rows_kernel<T, kPack, true>, shape, stream, args, rule, staged);
     }
     launch(long_rows_kernel<T, kPack, false>, shape, stream, args, rule, staged);
   });

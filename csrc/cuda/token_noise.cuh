@@ -49,8 +49,9 @@ __device__ __forceinline__ void store_four(T* to, const Quad<float>& x, int coun
   if (count > 3) to[3] = narrow<T>(x.x3);
 }
 
+// Sums that no product behind them is fused into: embeds + delta is that of the delta that is returned.
 __device__ __forceinline__ Quad<float> add(const Quad<float>& x, const Quad<float>& y) {
-  return {x.x0 + y.x0, x.x1 + y.x1, x.x2 + y.x2, x.x3 + y.x3};
+  return {__fadd_rn(x.x0, y.x0), __fadd_rn(x.x1, y.x1), __fadd_rn(x.x2, y.x2), __fadd_rn(x.x3, y.x3)};
 }
 
 }  // namespace alum::cuda

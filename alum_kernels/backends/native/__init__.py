@@ -22,7 +22,7 @@ def load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("alum_kernels._C"), ""
     except ImportError as error:
-        if (Path(__file__).parents[2] / "csrc").exists() and not BUILD_RECORD.exists():
+        if (Path(__file__).parents[3] / "csrc").exists() and not BUILD_RECORD.exists():
             return None, f"not built: run 'pip install --no-build-isolation -e .' in the checkout ({error})"
         reason = json.loads(BUILD_RECORD.read_text())["native"] if BUILD_RECORD.exists() else ""
         return None, f"not built: {reason}" if reason.startswith("skipped") else f"does not load: {error}"
