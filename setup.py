@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.resolve()
 VERSION = (ROOT / "VERSION").read_text().strip()
 
 
-# cmake and ninja from this interpreter's own packages come before the system's, also where its folder is not on the PATH.
+# cmake and ninja of this interpreter's own packages come before the system's, wherever its folder is.
 SEARCH_PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 DEMANDED = os.environ.get("ALUM_NATIVE") == "1" or os.environ.get("ALUM_CUDA") == "1"
 

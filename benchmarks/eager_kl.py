@@ -1,4 +1,9 @@
-"""The baseline: symmetric KL in plain PyTorch, as people write it. Loses every digit at perturbations of 1e-5."""
+"""The baseline: symmetric KL in plain PyTorch, in the more careful of the two usual forms.
+
+With log-probabilities as targets it is off by 0.1 to 1 % in the median row, and by up to a thousandfold in the worst,
+at perturbations of 1e-5; with probabilities as targets (the default of ``F.kl_div``) no digit is right there and half
+of the rows are negative.
+"""
 
 from collections.abc import Callable
 

@@ -2,7 +2,7 @@
 
     build        the native module for the architecture that is there
     tests        the whole suite on CUDA, native and compiled Triton
-    sanitizer    memcheck, racecheck and initcheck of compute-sanitizer over a small run of every kernel
+    sanitizer    memcheck, racecheck and initcheck of compute-sanitizer over a small run of every native kernel
     benchmark    the ops against eager PyTorch and torch.compile
 
 Runs on the tree as it lies, with the interpreter that starts it: no git, no network, no virtual environment. Every
@@ -40,8 +40,8 @@ class Stage:
     detail: str
 
 
-def run(name: str, command: list[str], *, limit: float, **environment: str) -> Stage:
-    """Run one stage from the root of the tree, its output shown as it comes."""
+def run(name: str, command: list[str], *, limit: float, refusals: tuple[str, ...] = (), **environment: str) -> Stage:
+    """Run one stage from the root of the tree, its output shown as it comes; a refusal in it means "not run"."""
     print(f"\n=== {name}: {' '.join(command)}", flush=True)
     started = time.perf_counter()
     lines: list[str] = []
@@ -61,7 +61,9 @@ def run(name: str, command: list[str], *, limit: float, **environment: str) -> S
     tail = "\n".join(lines[-15:])
     if status == 124:
         tail = f"stopped after {limit:.0f} s\n{tail}"
-    return Stage(name, "passed" if status == 0 else "failed", time.perf_counter() - started, tail)
+    refused = [line for line in lines if any(refusal in line for refusal in refusals)]
+    outcome = "passed" if status == 0 else "not run" if refused else "failed"
+    return Stage(name, outcome, time.perf_counter() - started, "\n".join([*refused[:1], tail]))
 
 
 def build() -> Stage:
@@ -92,10 +94,7 @@ def sanitize(tool: str) -> Stage:
     if sanitizer is None:
         return Stage(tool, "not run", 0.0, "compute-sanitizer is not on the PATH")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "benchmarks.every_kernel"]
-    stage = run(tool, command, limit=120, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    if stage.outcome == "failed" and any(refusal in stage.detail for refusal in REFUSALS):
-        return Stage(tool, "not run", stage.seconds, stage.detail)
-    return stage
+    return run(tool, command, limit=120, refusals=REFUSALS, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def main() -> int:

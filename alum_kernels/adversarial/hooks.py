@@ -18,6 +18,17 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    for parameter in model.parameters():
+        return parameter.device
+    raise ValueError(f"model: expected parameters, {type(model).__name__} has none")
+
+
 def perturbed_modules(model: nn.Module, names: Sequence[str] = ()) -> dict[str, nn.Module]:
     """The modules to perturb, by name.
 

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.heads import LABEL_KEYS, Head, detect_head
-from alum_kernels.adversarial.hooks import PerturbationHooks, RandomState, dropout_off, perturbed_modules, unwrap
+from alum_kernels.adversarial.hooks import (
+    PerturbationHooks,
+    RandomState,
+    device_of,
+    dropout_off,
+    perturbed_modules,
+    unwrap,
+)
 from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
 from alum_kernels.adversarial.telemetry import Telemetry
 
@@ -159,7 +166,7 @@ class AdversarialObjective:
         self, batch: Mapping[str, Any], clean_pass: CleanPass, seed: Tensor | None, sample_offset: int
     ) -> AdversarialOutput:
         config, head = self.config, self.head
-        device = next(unwrap(self.model).parameters()).device
+        device = device_of(unwrap(self.model))
         random = RandomState(device) if config.dropout == "shared" else None
         with self._hooks.recording() as embeds:
             task_loss, outputs = clean_pass()
@@ -225,7 +232,7 @@ class AdversarialObjective:
 
     def draw_seed(self, device: torch.device | None = None) -> Tensor:
         """The next seed of the noise, a one-element int64 tensor on ``device`` (the model's, if None)."""
-        device = next(unwrap(self.model).parameters()).device if device is None else device
+        device = device_of(unwrap(self.model)) if device is None else device
         if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device).manual_seed(self.config.seed)
             if self._generator_state is not None:

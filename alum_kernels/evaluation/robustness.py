@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alum_kernels.adversarial.heads import IGNORED_LABEL, LABEL_KEYS, Head, detect_head
-from alum_kernels.adversarial.hooks import PerturbationHooks, dropout_off, perturbed_modules, unwrap
+from alum_kernels.adversarial.hooks import PerturbationHooks, device_of, dropout_off, perturbed_modules, unwrap
 from alum_kernels.adversarial.perturbation import attention_mask_of
 from alum_kernels.ops.checks import check_choice, check_magnitude
 from alum_kernels.ops.noise_init import noise_init
@@ -129,7 +129,7 @@ def accuracy_under_attack(
         seed=seed,
         backend=backend,
     )
-    device = next(inner.parameters()).device
+    device = device_of(inner)
     totals, samples = _Totals(*torch.zeros(len(_Totals._fields), dtype=torch.float64, device=device)), 0
     try:
         with dropout_off(inner):

@@ -56,10 +56,10 @@ def check_mask(mask: Tensor | None, shape: Sequence[int], device: torch.device) 
         raise ValueError(f"mask: expected device {device}, got {mask.device}")
 
 
-def check_magnitude(name: str, value: float) -> float:
+def check_magnitude(name: str, value: float, expected: str = "a number") -> float:
     """A finite number that is not negative."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a float or an fp32 tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if not 0 <= value < math.inf:  # false for NaN; math.isfinite does not trace
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
     return float(value)
@@ -71,7 +71,7 @@ def per_token(name: str, value: float | Tensor, embeds: Tensor) -> tuple[Tensor 
     The values of a tensor are not looked at: that would stop the host until the device has caught up.
     """
     if not isinstance(value, Tensor):
-        return None, check_magnitude(name, value)
+        return None, check_magnitude(name, value, "a float or an fp32 tensor")
     batch, length = embeds.shape[:2]
     if value.dtype != torch.float32:
         raise TypeError(f"{name}: expected a float or an fp32 tensor, got {value.dtype}")

@@ -73,7 +73,7 @@ def noise_init(
             fp32 device tensor of shape (), (B,) or (B, S): a float recompiles per value under ``torch.compile`` and is
             frozen in a captured CUDA graph.
         distribution: ``"normal"`` or ``"uniform"`` (on the open interval (-std, std)).
-        mask: (B, S) bool or integers; where it is 0 no noise is added.
+        mask: (B, S) bool or integers 0 and 1; where it is 0 no noise is added.
         seed: one-element int64 tensor on the device of ``embeds``; an int is copied there (and is frozen in a captured
             graph); None draws one from the device's default generator.
         stream: index of the perturbed module, so that two modules draw different noise from one seed.

@@ -147,7 +147,7 @@ def projected_ascent(
             ``"linf_rescale"`` divides by max|delta| + 1e-6 as MT-DNN does, ``"none"`` projects nothing.
         normalize: ``"none"``, ``"linf"`` (g / max|g|), ``"l2"`` (g / ||g||) or ``"sign"``.
         level: ``"token"``, ``"sequence"`` or ``"batch"`` (this device's part of it).
-        mask: (B, S) bool or integers; where it is 0 the perturbation is zero and counts in no norm.
+        mask: (B, S) bool or integers 0 and 1; where it is 0 the perturbation is zero and counts in no norm.
         return_delta: also return the new perturbation.
         return_stats: also return statistics, columns as in ``STATISTICS``.
         backend: ``"reference"``, ``"native"`` or ``"triton"``; None picks the fastest that can serve.

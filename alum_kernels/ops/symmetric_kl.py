@@ -274,13 +274,13 @@ def symmetric_kl(
 ) -> Tensor:
     """Symmetric Kullback-Leibler divergence KL(p||q) + KL(q||p) of p = softmax(adv_logits), q = softmax(logits).
 
-    Exact to fp32 rounding at any perturbation: two calls of ``torch.nn.functional.kl_div`` lose every digit where the
-    two sides differ by 1e-5.
+    Exact to fp32 rounding at any perturbation. (Two calls of ``torch.nn.functional.kl_div`` on fp32 logits that differ
+    by 1e-5 have no right digit with probabilities as targets, and two or three with ``log_target=True``.)
 
     Args:
         adv_logits: (..., V) fp32, bf16, fp16 or fp64 (fp64 on the reference backend), at least one row dimension.
         logits: the clean side, same shape, dtype and device.
-        mask: (...) bool or integers; rows where it is 0 count nowhere, whatever they hold.
+        mask: (...) bool or integers 0 and 1; rows where it is 0 count nowhere, whatever they hold.
         reduction: ``"mean"`` over unmasked rows, ``"sum"``, ``"batchmean"`` (sum over the first dimension's size) or
             ``"none"``.
         gradient: ``"full"`` differentiates both sides, ``"detach_targets"`` holds the weights of each one-sided KL
