@@ -54,7 +54,7 @@ __forceinline__ int __shfl_xor_sync(unsigned mask, int value, int lanes) {
 }
 inline float __fsqrt_rn(float x) { return __builtin_sqrtf(x); }
 // Never part of a fused multiply-add, whatever is inlined around it.
-__attribute__((noinline, optimize("fp-contract=off"))) static float __fadd_rn(float a, float b) { return a + b; }
+__attribute__((noinline, optimize("fp-contract=off"))) inline float __fadd_rn(float a, float b) { return a + b; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32); }
 
 // ---- the runtime ----
