@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 
-from alum_kernels import js, kl, symmetric_kl
+from alum_kernels import js, kl, symmetric_kl, symmetric_kl_grad
 
 DIVERGENCES = {"symmetric_kl": symmetric_kl, "kl": kl, "js": js}
 PERTURBATIONS = (1e-6, 1e-5, 1e-3, 0.1, 1.0, 10.0)
@@ -181,3 +181,19 @@ def test_float32_reference_keeps_the_bounds_of_the_oracle_it_is(name):
         a, b = oracle.logit_pair(512, 30, perturbation)
         got = DIVERGENCES[name](a, b, reduction="none", backend="reference")
         assert oracle.relative_error(got, oracle.divergence(name, a, b)) <= value_bound(30)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+@pytest.mark.parametrize("columns", [3, 100, 3000])
+def test_gradient_of_confident_rows_at_any_temperature(compiled_place, columns, temperature):
+    """At the largest class d is zero to the bit at any temperature: p - q lies far below the rounding of d there."""
+    torch.manual_seed(columns)
+    b = 3 * torch.randn(64, columns, device=compiled_place.device)
+    b[:, 1] += 24
+    a = b + 0.1 * torch.randn_like(b)
+    _, ours = symmetric_kl_grad(a, b, temperature=temperature, reduction="sum", backend=compiled_place.backend)
+    _, truth = symmetric_kl_grad(
+        a.cpu().double(), b.cpu().double(), temperature=temperature, reduction="sum", backend="reference"
+    )
+    error = (ours.cpu().double() - truth).norm(dim=1) / truth.norm(dim=1)
+    assert error.median() < 1e-5

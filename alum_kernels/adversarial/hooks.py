@@ -66,6 +66,7 @@ class PerturbationHooks:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.names = tuple(modules)
         self._replace: Callable[[int, Tensor], Tensor | None] | None = None
+        self._used = False
         self._calls = [0] * len(self.names)
         self._handles = [
             module.register_forward_hook(partial(self._hook, index)) for index, module in enumerate(modules.values())
@@ -78,6 +79,11 @@ class PerturbationHooks:
 
     def _hook(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         if self._replace is None:
+            if self._used and torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    f"{self.names[index]}: ran again inside a backward, so it lies in a checkpointed segment, which is "
+                    "recomputed without the perturbation; name modules outside in AdversarialConfig(modules=(...))"
+                )
             return None
         if not isinstance(output, Tensor) or output.dim() != 3 or not output.is_floating_point():
             came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -89,6 +95,7 @@ class PerturbationHooks:
     def replacing(self, replace: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
         """Within the context, ``replace(index, output)`` takes the place of each module's output (None keeps it)."""
         self._replace = replace
+        self._used = True
         self._calls = [0] * len(self.names)
         try:
             yield

@@ -31,8 +31,9 @@ from alum_kernels.adversarial.hooks import (
 from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
 from alum_kernels.adversarial.telemetry import Telemetry
 
-FP16_GRAD_SCALE = 2.0**14
-"""Factor on the inner gradient of fp16 logits, taken out again exactly: p - q at 1e-5 would be subnormal in fp16."""
+FP16_GRAD_SCALE = 2.0**10
+"""Factor on the inner gradient of fp16 logits, taken out again exactly: p - q at 1e-5 would be subnormal in fp16. The
+gradient itself may be as large as 63."""
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 CleanPass = Callable[[], tuple[Tensor, Any]]
@@ -192,7 +193,9 @@ class AdversarialObjective:
         for _ in range(config.steps):
             leaves = perturbation.leaves()
             with torch.enable_grad():
-                adv_logits = perturbed_pass(unwrap(self.model), lambda index, output, leaves=leaves: leaves[index])
+                adv_logits = perturbed_pass(
+                    unwrap(self.model), lambda index, output, leaves=leaves: leaves[index].clone()
+                )
             total, grads = self._ascent_gradient(adv_logits, logits.detach(), mask, leaves)
             perturbation.climb(grads)
             start = total if start is None else start
@@ -233,7 +236,9 @@ class AdversarialObjective:
     def draw_seed(self, device: torch.device | None = None) -> Tensor:
         """The next seed of the noise, a one-element int64 tensor on ``device`` (the model's, if None)."""
         device = device_of(unwrap(self.model)) if device is None else device
-        if self._generator is None or self._generator.device != device:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if self._generator is None or self._generator.device != torch.empty(0, device=device).device:
             self._generator = torch.Generator(device).manual_seed(self.config.seed)
             if self._generator_state is not None:
                 self._generator.set_state(self._generator_state)
@@ -274,7 +279,13 @@ class AdversarialObjective:
         total, grad_logits = self._divergence_sum(
             adv_logits, logits, mask, divergence=self.config.ascent_divergence, grad_scale=grad_scale
         )
-        grads = torch.autograd.grad(adv_logits, leaves, grad_outputs=grad_logits)
+        grads = torch.autograd.grad(adv_logits, leaves, grad_outputs=grad_logits, allow_unused=True)
+        for name, grad in zip(self._hooks.names, grads, strict=True):
+            if grad is None:
+                raise ValueError(
+                    f"modules: the predictions do not depend on the perturbed output of {name}; "
+                    "a module that another perturbed module replaces cannot be perturbed as well"
+                )
         return total, [grad if grad_scale == 1.0 else grad.float() / grad_scale for grad in grads]
 
     def _divergence_sum(

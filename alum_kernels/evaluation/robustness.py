@@ -198,7 +198,7 @@ class _Attack:
             leaves = [perturbed.requires_grad_(climbs) for perturbed, _ in points]
             with (
                 torch.set_grad_enabled(climbs),
-                self.hooks.replacing(lambda index, output, leaves=leaves: leaves[index]),
+                self.hooks.replacing(lambda index, output, leaves=leaves: leaves[index].clone()),
             ):
                 logits = self.head.logits(self.model(**inputs))
                 loss = _cross_entropy_sum(logits, labels)

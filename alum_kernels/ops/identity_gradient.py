@@ -9,7 +9,12 @@ class IdentityGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, embeds: Tensor, perturbed: Tensor) -> Tensor:
-        return perturbed.view_as(perturbed)
+        if (
+            torch.compiler.is_compiling()
+        ):  # Dynamo does not trace mark_dirty, and turns changes in place into new tensors
+            return perturbed.view_as(perturbed)
+        ctx.mark_dirty(perturbed)  # the tensor itself goes on, not a view: a model may change it in place
+        return perturbed
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:

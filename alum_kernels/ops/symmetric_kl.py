@@ -207,7 +207,7 @@ def _as_rows(logits: Tensor) -> Tensor:
     """(O, I, V) view of (..., V) logits: a slice of a sequence, (B, S - 1, V) of (B, S, V), is not copied."""
     if logits.dim() == 2:
         return logits.unsqueeze(0)
-    return logits if logits.dim() == 3 else logits.reshape(-1, *logits.shape[-2:])
+    return logits if logits.dim() == 3 else logits.flatten(0, -3)
 
 
 def mask_weight(mask: Tensor | None, reduction: str, rows: torch.Size, logits_dtype: torch.dtype) -> Tensor | None:

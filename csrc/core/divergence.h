@@ -39,7 +39,8 @@ constexpr float kSeries = 0.3f;
 // Stands for the difference of a class that is -inf on both sides (NaN), whose weights are zero.
 constexpr float kLowest = -3.40282347e38f;
 
-// What the backward needs of a row, in the order in which it is stored. NaN in lse_b marks a row without gradient.
+// What the backward needs of a row, in the order in which it is stored, c before the temperature. NaN
+// in lse_b marks a row without gradient.
 template <class F>
 struct RowStatistics {
   F lse_b, c, log_ratio, mean_p, mean_q;

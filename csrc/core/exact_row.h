@@ -92,15 +92,15 @@ ALUM_INLINE ExactRow<F> exact_row(Divergence divergence, const Load& load, int c
   const F settled_loss = regular ? (one_sided ? infinity : loss) : not_a_number;
   const F lse_b = max_b * inv_temperature + log(l2);
   const F settled_lse = regular ? (one_sided ? not_a_number : lse_b) : not_a_number;
-  return {{settled_lse, c.high * inv_temperature, log_ratio, mean_p, mean_q}, settled_loss};
+  return {{settled_lse, c.high, log_ratio, mean_p, mean_q}, settled_loss};
 }
 
 // Gradient of one class from the stored statistics of a row that has one; zero for a dead class. At the largest b, d is
-// zero as in the sums, since c was rounded as d is here.
+// zero as in the sums: c is that difference, rounded as here, and the temperature comes after it.
 template <class F>
 ALUM_INLINE Gradients<F> class_gradient(Rule rule, Logits<F> x, const RowStatistics<F>& row, float inv_temperature) {
   // NaN is the difference of a dead class, whose weights are zero
-  const F d = larger_of((x.a - x.b) * inv_temperature - row.c, broadcast<F>(kLowest));
+  const F d = larger_of(((x.a - x.b) - row.c) * inv_temperature, broadcast<F>(kLowest));
   const Weights<F> w = weights(x.b * inv_temperature, -row.lse_b, d - row.log_ratio);
   return gradients(rule, w, d, row.mean_p, row.mean_q);
 }

@@ -39,8 +39,8 @@ ALUM_INLINE Centred<F> centred(F a, F b, const RowExtremes& x, float inv_tempera
   // NaN, the difference of a dead class, becomes a number
   const F least = broadcast<F>(kLowest);
   if constexpr (!kExact) {
-    const float c = x.difference.high * inv_temperature;
-    return {(b - x.max_b) * inv_temperature, F{}, larger_of((a - b) * inv_temperature - c, least)};
+    const float c = x.difference.high;
+    return {(b - x.max_b) * inv_temperature, F{}, larger_of(((a - b) - c) * inv_temperature, least)};
   } else {
     const Exact<F> d = exact_difference(a, b), below = exact_difference(b, broadcast<F>(x.max_b));
     const F value = ((d.high - x.difference.high) + (d.low - x.difference.low)) * inv_temperature;
@@ -62,12 +62,11 @@ ALUM_INLINE void add_wide(WideSums<F>& sums, F a, F b, const RowExtremes& x, flo
 }
 
 ALUM_INLINE RowResult finish_narrow(const NarrowSums<double>& s, const RowExtremes& x, float inv_temperature) {
-  return finish(s, static_cast<double>(x.max_b) * inv_temperature, x.difference.high * inv_temperature);
+  return finish(s, static_cast<double>(x.max_b) * inv_temperature, x.difference.high);
 }
 
 ALUM_INLINE RowResult finish_wide(const WideSums<double>& s, const RowExtremes& x, float inv_temperature) {
-  return finish(s, x.gap(inv_temperature), static_cast<double>(x.max_b) * inv_temperature,
-                x.difference.high * inv_temperature);
+  return finish(s, x.gap(inv_temperature), static_cast<double>(x.max_b) * inv_temperature, x.difference.high);
 }
 
 // Classes that gained weight are summed on the scale of max a, the others on that of max b.

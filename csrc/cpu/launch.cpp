@@ -62,6 +62,7 @@ void spread(int64_t items, int64_t elements_per_item, int64_t unit, const Body& 
   const int64_t units = (items + unit - 1) / unit;
   const int64_t per_unit = elements_per_item * unit > 0 ? elements_per_item * unit : 1;
   const int64_t grain = kElementsPerTask / per_unit > 0 ? kElementsPerTask / per_unit : 1;
+  kernels();  // an error in choosing them is raised here, where its text survives
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     const int64_t last = end * unit < items ? end * unit : items;
     body(begin * unit, last);

@@ -121,8 +121,8 @@ def _analyse(a: Tensor, b: Tensor, inv_temperature: float, divergence: str) -> t
     c_high, c_low = high.gather(-1, top).detach(), low.gather(-1, top).detach()
     d = ((high - c_high) + (low - c_low)) * inv_temperature
     max_a, max_b = a.amax(-1, keepdim=True).detach(), b.amax(-1, keepdim=True).detach()
-    c = ((c_high + c_low) * inv_temperature).squeeze(-1)
-    gap = ((max_a - max_b) * inv_temperature).squeeze(-1) - c
+    c = (c_high + c_low).squeeze(-1)
+    gap = ((max_a - max_b).squeeze(-1) - c) * inv_temperature
     weight_a = _weight_of(a, max_a, dead, inv_temperature)
     weight_b = _weight_of(b, max_b, dead, inv_temperature)
     l1, l2 = weight_a.sum(-1), weight_b.sum(-1)

@@ -102,7 +102,7 @@ def _class_gradient(
 ):
     """(da, db) of classes from the statistics of their rows; zero for classes that are -inf on both sides."""
     dead = b == -INFINITY
-    d = tl.where(dead, 0.0, (a - b) * inv_temperature - c)
+    d = tl.where(dead, 0.0, ((a - b) - c) * inv_temperature)
     w1, w2, difference = _weights(tl.where(dead, NO_WEIGHT, b * inv_temperature), -lse_b, d - log_ratio)
     da, db = _gradient_of(w1, w2, difference, d, mean_p, mean_q, DIVERGENCE, CONVENTION)
     return tl.where(dead, 0.0, da), tl.where(dead, 0.0, db)
@@ -204,7 +204,7 @@ def _tile_rows(
     tl.store(loss_ptr + row, tl.where(weight != 0.0, loss, 0.0), mask=exists)
     if WANTS_STATS:
         tl.store(stats_ptr + row, tl.where(undefined, float("nan"), lse_b), mask=exists)
-        tl.store(stats_ptr + rows + row, c_high * inv_temperature, mask=exists)
+        tl.store(stats_ptr + rows + row, c_high, mask=exists)
         tl.store(stats_ptr + 2 * rows + row, log_ratio, mask=exists)
         tl.store(stats_ptr + 3 * rows + row, mean_p, mask=exists)
         tl.store(stats_ptr + 4 * rows + row, mean_q, mask=exists)
@@ -275,21 +275,21 @@ def _stream_rows(
     for start in range(0, length, BLOCK):
         column, a, b = _block(a_row, b_row, start, columns, BLOCK)
         regular = (a < INFINITY) & (b < INFINITY)
-        apart = (a == -INFINITY) != (b == -INFINITY)
+        half_dead = (a == -INFINITY) != (b == -INFINITY)
         irregular = tl.maximum(irregular, tl.max(tl.where(regular, 0, 1), 0))
-        one_sided = tl.maximum(one_sided, tl.max(tl.where(apart, 1, 0), 0))
-        dead = (b == -INFINITY) | apart | (regular == 0)
+        one_sided = tl.maximum(one_sided, tl.max(tl.where(half_dead, 1, 0), 0))
+        dead = (b == -INFINITY) | half_dead | (regular == 0)
         alive = tl.maximum(alive, tl.max(tl.where(dead, 0, 1), 0))
         a, b = tl.where(dead, LOWEST, a), tl.where(dead, LOWEST, b)
-        d = tl.where(dead, 0.0, (a - b) * inv_temperature)
+        apart = tl.where(dead, 0.0, a - b)
         block_b = tl.max(b, 0)
-        block_c = tl.sum(tl.where(column == start + tl.argmax(b, 0), d, 0.0), 0)
+        block_c = tl.sum(tl.where(column == start + tl.argmax(b, 0), apart, 0.0), 0)
         grows = block_b > max_b
         new_b, new_c = tl.where(grows, block_b, max_b), tl.where(grows, block_c, c)
         max_a = tl.maximum(max_a, tl.max(a, 0))
 
         # bring the sums so far to the new largest b; those that vanish against it are dropped, whatever they hold
-        shift = new_c - c
+        shift = (new_c - c) * inv_temperature
         fall = exp_sum((max_b - new_b) * inv_temperature, shift * 0.0)
         kept = (fall > 0.0) & (max_b > -INFINITY)
         wide = tl.where(kept, tl.where(tl.abs(shift) > NARROW, 1, wide), 0)
@@ -304,8 +304,8 @@ def _stream_rows(
         l1, l2, sum_b = fall * lift * l1, fall * l2, new_sum_b
         max_b, c = new_b, new_c
 
-        wide = tl.where((max_a - max_b) * inv_temperature - c > NARROW, 1, wide)
-        d = tl.where(dead, 0.0, d - c)
+        wide = tl.where(((max_a - max_b) - c) * inv_temperature > NARROW, 1, wide)
+        d = tl.where(dead, 0.0, (apart - c) * inv_temperature)
         bounded = tl.minimum(d, 2.0 * NARROW)  # beyond, the row is wide, or the class weighs nothing
         w1, w2, difference = _weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0, bounded)
         l1 += tl.sum(w1, 0).to(tl.float64)
@@ -325,7 +325,7 @@ def _stream_rows(
         for start in range(0, length, BLOCK):
             column, a, b = _block(a_row, b_row, start, columns, BLOCK)
             dead = b == -INFINITY
-            d = tl.where(dead, 0.0, (a - b) * inv_temperature - c)
+            d = tl.where(dead, 0.0, ((a - b) - c) * inv_temperature)
             w1 = exp_sum(tl.where(dead, NO_WEIGHT, (a - max_a) * inv_temperature), d * 0.0)
             w2 = exp_sum(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0)
             l1 += tl.sum(w1, 0).to(tl.float64)
@@ -335,7 +335,7 @@ def _stream_rows(
 
     l1, l2 = tl.where(undefined | (l1 <= 0.0), 1.0, l1), tl.where(undefined | (l2 <= 0.0), 1.0, l2)
     mean_p, mean_q = sum_p / l1, sum_a / l2
-    gap = (max_a.to(tl.float64) - max_b.to(tl.float64)) * inv_temperature - c.to(tl.float64)
+    gap = (max_a.to(tl.float64) - max_b.to(tl.float64) - c.to(tl.float64)) * inv_temperature
     change = tl.where((wide != 0) | undefined, 0.0, sum_b / l2).to(tl.float32)
     own = log((l1 / l2).to(tl.float32))
     near = log1p(tl.where(change > -0.5, change, 0.0))
@@ -350,7 +350,7 @@ def _stream_rows(
         for start in range(0, length, BLOCK):
             column, a, b = _block(a_row, b_row, start, columns, BLOCK)
             dead = (b == -INFINITY) | (undefined != 0)
-            u = tl.where(dead, 0.0, (a - b) * inv_temperature - c - log_ratio)
+            u = tl.where(dead, 0.0, ((a - b) - c) * inv_temperature - log_ratio)
             w1, w2, difference = _weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), u * 0.0, u)
             near_u = tl.abs(u) < SERIES
             term = tl.where(near_u, w2 * g_series(tl.where(near_u, u, 0.0)), difference - w2 * u)
