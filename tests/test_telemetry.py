@@ -119,8 +119,11 @@ def test_noise_alone_has_no_gain_and_telemetry_can_be_off():
 
 def test_a_gradient_that_is_not_finite_is_counted_and_not_climbed():
     class Poisoned(BagOfEmbeddings):
+        passes = 0
+
         def body(self, embeds, attention_mask):
-            if embeds.is_leaf:  # the ascent's pass
+            self.passes += 1
+            if self.passes == 2:  # the ascent's, between the clean and the final one
                 scale = torch.ones_like(embeds)
                 embeds.register_hook(lambda grad: torch.where(torch.arange(grad.shape[2]) < 2, torch.inf, grad * scale))
             return super().body(embeds, attention_mask)

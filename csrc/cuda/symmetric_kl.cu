@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kShortRowThreads = 128;
 constexpr int kElementThreads = 256;
-constexpr int kMostRowThreads = 1024;
+constexpr int kMostRowThreads = 768;
 
 __device__ __forceinline__ float weight_of(const DivergenceArguments& args, int64_t n) {
   return args.row_weight.data == nullptr ? 1.0f : args.row_weight.at(n);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kElementThreads) short_gradient_kernel(Diverge
 constexpr size_t kRoomBytes = kWarp * sizeof(NarrowSums<double>);
 
 // The two rows of a block. A thread reads the same elements in every sweep, so that what it staged needs no barrier.
-// Rows and columns are counted in 32 bits, addresses in 64: a block of 1024 threads has 64 registers a thread.
+// Rows and columns are counted in 32 bits, addresses in 64: a block of 768 threads has 80 registers a thread.
 template <class T, int kPack>
 class BlockRow {
  public:
