@@ -119,7 +119,7 @@ def triton_variants(every: bool = False) -> Iterator[Variant]:
                     )  # fmt: skip
                 yield variant(
                     f"{role} stream {label}",
-                    symmetric_kl._stream_rows,
+                    symmetric_kl.stream_rows,
                     storage,
                     symmetric_kl.STREAM_WARPS,
                     **common,

@@ -10,7 +10,8 @@
 
 #include <optional>
 
-#include "core/arguments.h"
+#include "core/ascent.h"
+#include "core/divergence.h"
 #include "cpu/launch.h"
 #include "cuda/launch.h"
 
@@ -156,7 +157,7 @@ void projected_ascent(const Tensor& embeds, const Tensor& grad, const std::optio
   args.grad = grad.const_data_ptr();
   args.perturbed = perturbed.mutable_data_ptr();
   args.new_delta = optional_output<float>(new_delta, embeds, embeds.numel(), "new_delta");
-  args.statistics = optional_output<float>(statistics, embeds, 4 * args.shape.tokens(), "statistics");
+  args.statistics = optional_output<float>(statistics, embeds, kAscentStatistics * args.shape.tokens(), "statistics");
   args.noise = noise_source(seed, std_per_token, std, normal, stream, sample_offset, embeds);
   args.step_size = per_token(step_per_token, step_size, embeds, "step_size");
   args.epsilon = per_token(epsilon_per_token, epsilon, embeds, "epsilon");
@@ -175,13 +176,7 @@ void projected_ascent(const Tensor& embeds, const Tensor& grad, const std::optio
   launch(args, embeds, cpu::projected_ascent, cuda::projected_ascent);
 }
 
-// Rows of a tensor with leading dimensions (O, I); evenly spaced ones count as O = 1.
-RowStrides row_strides(const Tensor& t) {
-  const int64_t outer = t.size(0), inner = t.size(1);
-  if (outer == 1 || t.stride(0) == inner * t.stride(1)) return {outer * inner, 0, t.stride(1)};
-  if (inner == 1) return {outer, 0, t.stride(0)};
-  return {inner, t.stride(0), t.stride(1)};
-}
+RowStrides row_strides(const Tensor& t) { return RowStrides::of(t.size(0), t.size(1), t.stride(0), t.stride(1)); }
 
 LogitRows logit_rows(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 3, name, ": expected 3 dimensions (O, I, V), got ", t.dim());
@@ -225,7 +220,7 @@ void symmetric_kl_loss(const Tensor& a, const Tensor& b, const std::optional<Ten
   check_type(rows, ScalarType::Float, "rows");
   check_type(statistics, ScalarType::Float, "statistics");
   args.loss = optional_output<float>(rows, a, args.rows, "rows");
-  args.statistics = optional_output<float>(statistics, a, 5 * args.rows, "statistics");
+  args.statistics = optional_output<float>(statistics, a, kRowStatistics * args.rows, "statistics");
   STD_TORCH_CHECK(args.loss != nullptr && args.statistics != nullptr, "rows, statistics: expected outputs");
   launch(args, a, cpu::divergence_loss, cuda::divergence_loss);
 }
@@ -237,7 +232,7 @@ void symmetric_kl_gradient(const Tensor& a, const Tensor& b, const Tensor& stati
   if (args.rows == 0) return;
   check_type(statistics, ScalarType::Float, "statistics");
   check_device(statistics, a, "statistics");
-  STD_TORCH_CHECK(statistics.is_contiguous() && statistics.numel() == 5 * args.rows,
+  STD_TORCH_CHECK(statistics.is_contiguous() && statistics.numel() == kRowStatistics * args.rows,
                   "statistics: expected 5 contiguous numbers a row");
   args.statistics = const_cast<float*>(static_cast<const float*>(statistics.const_data_ptr()));  // only read
   args.grad_rows = row_vector(grad_rows, a, "grad_rows");

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from alum_kernels.backends.reference import symmetric_kl as reference
 
-CONVENTIONS = ("full", "detach_targets", "detach_clean")
-
 
 def logit_pair(
     rows: int,

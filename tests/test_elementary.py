@@ -163,7 +163,7 @@ def test_triton_offsets_are_sixty_four_bit():
 
     sources = {
         symmetric_kl._tile_rows: "row = tl.program_id(0).to(tl.int64)",
-        symmetric_kl._stream_rows: "row = tl.program_id(0).to(tl.int64)",
+        symmetric_kl.stream_rows: "row = tl.program_id(0).to(tl.int64)",
         symmetric_kl._gradient: "row = tl.program_id(0).to(tl.int64)",
         noise_init._noise_init: "token = tl.program_id(0).to(tl.int64)",
         projected_ascent._ascend: "begin = tl.program_id(0).to(tl.int64)",

@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from alum_kernels.ops.checks import check_choice
+from alum_kernels.ops.checks import DISTRIBUTIONS, check_choice, check_magnitude
 from alum_kernels.ops.dispatch import BACKENDS
 from alum_kernels.ops.projected_ascent import LEVELS, NORMALIZE, NORMS
 from alum_kernels.ops.symmetric_kl import GRADIENTS
@@ -15,7 +14,7 @@ DIVERGENCES = ("symmetric_kl", "kl", "js")
 DROPOUT = ("shared", "independent", "off")
 
 _CHOICES = {
-    "distribution": ("normal", "uniform"),
+    "distribution": DISTRIBUTIONS,
     "norm": NORMS,
     "normalize": NORMALIZE,
     "level": LEVELS,
@@ -84,11 +83,7 @@ class AdversarialConfig:
         if self.backend is not None:
             check_choice("backend", self.backend, BACKENDS)
         for name in (*_MAGNITUDES, "temperature"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+            check_magnitude(name, getattr(self, name))
         if self.temperature == 0:
             raise ValueError("temperature: expected a number > 0, got 0")
         for name in _COUNTS:

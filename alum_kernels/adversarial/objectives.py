@@ -236,9 +236,8 @@ class AdversarialObjective:
     def draw_seed(self, device: torch.device | None = None) -> Tensor:
         """The next seed of the noise, a one-element int64 tensor on ``device`` (the model's, if None)."""
         device = device_of(unwrap(self.model)) if device is None else device
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        if self._generator is None or self._generator.device != torch.empty(0, device=device).device:
+        device = torch.empty(0, device=device).device  # "cuda" and "cuda:0" are one place
+        if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device).manual_seed(self.config.seed)
             if self._generator_state is not None:
                 self._generator.set_state(self._generator_state)

@@ -10,6 +10,9 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+DISTRIBUTIONS = ("normal", "uniform")
+
+
 def shape_of(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
@@ -106,7 +109,7 @@ def as_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
 
 
 def check_noise(distribution: str, stream: int, sample_offset: int) -> None:
-    check_choice("distribution", distribution, ("normal", "uniform"))
+    check_choice("distribution", distribution, DISTRIBUTIONS)
     if stream < 0 or stream >= 2**32:
         raise ValueError(f"stream: expected 0 <= stream < 2^32, got {stream}")
     if sample_offset < 0:

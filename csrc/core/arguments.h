@@ -40,7 +40,7 @@ struct GroupNorms {
   float moved_length = 0.0f;  // ||delta'||
 };
 
-// What one token contributes to a phase: a largest absolute value or a sum of squares.
+// What one token contributes to a phase: a largest absolute value or a sum of squares, and how many g are not finite.
 struct TokenPartial {
   float value;
   float non_finite;
@@ -115,6 +115,13 @@ struct AscentArguments {
 struct RowStrides {
   int64_t inner = 1, outer_step = 0, inner_step = 0;
 
+  // Of leading dimensions (outer, inner) with these strides; rows that are evenly apart count as O = 1.
+  static RowStrides of(int64_t outer, int64_t inner, int64_t stride_outer, int64_t stride_inner) {
+    if (outer == 1 || stride_outer == inner * stride_inner) return {outer * inner, 0, stride_inner};
+    if (inner == 1) return {outer, 0, stride_outer};
+    return {inner, stride_outer, stride_inner};
+  }
+
   ALUM_INLINE int64_t offset(int64_t n) const {
     return n < inner ? n * inner_step : (n / inner) * outer_step + (n % inner) * inner_step;
   }
@@ -148,6 +155,9 @@ struct DivergenceArguments {
   float grad_scale = 1.0f;  // of the kernel that gives loss and gradient
   Divergence divergence = Divergence::kSymmetricKl;
   Convention convention = Convention::kFull;
+
+  // Weight of a row in the loss: rows of weight zero are not looked at.
+  ALUM_INLINE float weight_of(int64_t n) const { return row_weight.data == nullptr ? 1.0f : row_weight.at(n); }
 };
 
 }  // namespace alum

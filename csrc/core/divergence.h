@@ -47,6 +47,22 @@ struct RowStatistics {
 };
 constexpr int kRowStatistics = 5;
 
+// They lie field by field, (5, N).
+ALUM_INLINE void store_statistics(const DivergenceArguments& args, int64_t n, const RowStatistics<float>& stats) {
+  float* to = args.statistics + n;
+  to[0] = stats.lse_b;
+  to[args.rows] = stats.c;
+  to[2 * args.rows] = stats.log_ratio;
+  to[3 * args.rows] = stats.mean_p;
+  to[4 * args.rows] = stats.mean_q;
+}
+
+ALUM_INLINE RowStatistics<float> load_statistics(const DivergenceArguments& args, int64_t n) {
+  const float* from = args.statistics + n;
+  const int64_t rows = args.rows;
+  return {from[0], from[rows], from[2 * rows], from[3 * rows], from[4 * rows]};
+}
+
 // high + low = a - b exactly (Knuth's two-sum: additions only, which no contraction into fused multiply-adds touches).
 template <class F>
 struct Exact {

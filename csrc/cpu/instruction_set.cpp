@@ -86,8 +86,8 @@ void divergence_loss_and_gradient(const DivergenceArguments& args, int64_t begin
 
 extern const Kernels ALUM_JOIN(kernels_, ALUM_ISA);
 const Kernels ALUM_JOIN(kernels_, ALUM_ISA) = {
-    ALUM_TEXT(ALUM_ISA), ALUM_VECTOR_BYTES, noise_init,          projected_ascent,
-    ascent_phase,        divergence_loss,   divergence_gradient, divergence_loss_and_gradient,
+    ALUM_TEXT(ALUM_ISA),          noise_init, projected_ascent, ascent_phase, divergence_loss, divergence_gradient,
+    divergence_loss_and_gradient,
 };
 
 }  // namespace alum::cpu

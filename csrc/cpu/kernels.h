@@ -7,11 +7,10 @@ namespace alum::cpu {
 
 struct Kernels {
   const char* name;
-  int vector_bytes;
   // Tokens [begin, end) of a (B, S, H) tensor.
   void (*noise_init)(const NoiseArguments&, int64_t begin, int64_t end);
   void (*projected_ascent)(const AscentArguments&, int64_t begin, int64_t end);
-  // The same at sequence and batch level, one phase at a time; groups[level's index] holds what is known so far.
+  // The same at sequence and batch level, one phase at a time; groups holds what is known of each sequence, or of the batch.
   void (*ascent_phase)(const AscentArguments&, Phase phase, const GroupNorms* groups, TokenPartial* partials,
                        int64_t begin, int64_t end);
   // Rows [begin, end) of (N, V) logits.

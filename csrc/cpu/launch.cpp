@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/ascent.h"
+#include "core/divergence.h"
 #include "cpu/kernels.h"
 
 namespace alum::cpu {
@@ -54,7 +55,7 @@ const Kernels& choose_kernels() {
 }
 
 // Small rows are worked on a vector at a time: threads take whole vectors.
-int64_t row_unit(int64_t columns) { return columns <= 64 ? 64 : 1; }
+int64_t row_unit(int64_t columns) { return columns <= kExactColumns ? kExactColumns : 1; }
 
 // Threads take whole groups of `unit` items.
 template <class Body>

@@ -240,7 +240,7 @@ struct RowTiles {
   }
 };
 
-// Statistics lie field by field, (5, N): a vector of rows is read and written as it is computed.
+// A vector of rows is read and written as it is computed.
 ALUM_INLINE void store_statistics(const DivergenceArguments& args, int64_t first, int count,
                                   const RowStatistics<Vec>& stats) {
   const Vec fields[] = {stats.lse_b, stats.c, stats.log_ratio, stats.mean_p, stats.mean_q};
@@ -271,22 +271,6 @@ void write_tile_gradient(RowTiles& tiles, const DivergenceArguments& args, const
   if (grad_b != nullptr) tiles.grad_b.write(grad_b + first * args.columns, count);
 }
 
-// Weight of a row in the loss: rows of weight zero are not looked at.
-ALUM_INLINE float weight_of(const DivergenceArguments& args, int64_t n) {
-  return args.row_weight.data == nullptr ? 1.0f : args.row_weight.at(n);
-}
-
-ALUM_INLINE void store_statistics(const DivergenceArguments& args, int64_t n, const RowStatistics<float>& stats) {
-  const float fields[] = {stats.lse_b, stats.c, stats.log_ratio, stats.mean_p, stats.mean_q};
-  for (int i = 0; i < kRowStatistics; ++i) args.statistics[i * args.rows + n] = fields[i];
-}
-
-ALUM_INLINE RowStatistics<float> load_statistics(const DivergenceArguments& args, int64_t n) {
-  const float* from = args.statistics + n;
-  const int64_t rows = args.rows;
-  return {from[0], from[rows], from[2 * rows], from[3 * rows], from[4 * rows]};
-}
-
 template <class T>
 ALUM_INLINE RowPair<T> row_pair(const DivergenceArguments& args, int64_t n) {
   return {static_cast<const T*>(args.a.data) + args.a.strides.offset(n),
@@ -297,7 +281,7 @@ template <class T>
 void divergence_loss_rows(const DivergenceArguments& args, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     RowStatistics<float> stats{};
-    args.loss[n] = weight_of(args, n) == 0.0f ? 0.0f : analyse_row(row_pair<T>(args, n), args, stats);
+    args.loss[n] = args.weight_of(n) == 0.0f ? 0.0f : analyse_row(row_pair<T>(args, n), args, stats);
     store_statistics(args, n, stats);
   }
 }
@@ -315,7 +299,7 @@ template <class T>
 void divergence_loss_and_gradient_rows(const DivergenceArguments& args, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     RowStatistics<float> stats{};
-    const float weight = weight_of(args, n);
+    const float weight = args.weight_of(n);
     const RowPair<T> row = row_pair<T>(args, n);
     args.loss[n] = weight == 0.0f ? 0.0f : analyse_row(row, args, stats);
     write_row_gradient<T>(row, args, stats, weight * args.grad_scale, static_cast<T*>(args.grad_a) + n * args.columns,

@@ -22,10 +22,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
 
-struct SumAndCount {
-  float value, non_finite;
-};
-
 __device__ __forceinline__ float element(const Quad<float>& x, int i) {
   return i == 0 ? x.x0 : i == 1 ? x.x1 : i == 2 ? x.x2 : x.x3;
 }
@@ -69,8 +65,8 @@ struct WarpToken {
     });
   }
 
-  __device__ SumAndCount reduce(Phase phase, const GroupNorms& group) const {
-    SumAndCount total{0.0f, 0.0f};
+  __device__ TokenPartial reduce(Phase phase, const GroupNorms& group) const {
+    TokenPartial total{0.0f, 0.0f};
     const bool sum = is_sum(phase);
     const auto add_term = [&](float x) {
       const float term = phase_term(phase, x, group);
@@ -88,8 +84,8 @@ struct WarpToken {
         for (int i = 0; i < count; ++i) add_term(moved(args.normalize, element(delta, i), element(g, i), step, group));
       });
     }
-    return warp_reduce(total, [sum](const SumAndCount& x, const SumAndCount& y) {
-      return SumAndCount{sum ? x.value + y.value : larger_of(x.value, y.value), x.non_finite + y.non_finite};
+    return warp_reduce(total, [sum](const TokenPartial& x, const TokenPartial& y) {
+      return TokenPartial{sum ? x.value + y.value : larger_of(x.value, y.value), x.non_finite + y.non_finite};
     });
   }
 
@@ -157,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2) ascent_tokens_kernel(AscentArgume
     }
     GroupNorms group;
     for (int i = 0; i < list.count; ++i) {
-      const SumAndCount partial = row.reduce(list[i], group);
+      const TokenPartial partial = row.reduce(list[i], group);
       absorb(group, list[i], partial.value, partial.non_finite == 0.0f);
     }
     row.write(group);
@@ -190,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 2) ascent_groups_kernel(AscentArgume
     const Phase phase = list[i];
     for (int64_t token = first; token < tokens; token += stride) {
       const WarpToken<T, G> row(args, token);
-      SumAndCount partial{0.0f, 0.0f};
+      TokenPartial partial{0.0f, 0.0f};
       if (row.kept) {
         const GroupNorms known = i == 0 ? GroupNorms{} : scratch.norms[token / per_group];
         partial = row.reduce(phase, known);

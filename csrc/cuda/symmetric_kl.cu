@@ -19,24 +19,6 @@ constexpr int kShortRowThreads = 128;
 constexpr int kElementThreads = 256;
 constexpr int kMostRowThreads = 768;
 
-__device__ __forceinline__ float weight_of(const DivergenceArguments& args, int64_t n) {
-  return args.row_weight.data == nullptr ? 1.0f : args.row_weight.at(n);
-}
-
-__device__ __forceinline__ void store_statistics(const DivergenceArguments& args, int64_t n,
-                                                 const RowStatistics<float>& stats) {
-  args.statistics[n] = stats.lse_b;
-  args.statistics[args.rows + n] = stats.c;
-  args.statistics[2 * args.rows + n] = stats.log_ratio;
-  args.statistics[3 * args.rows + n] = stats.mean_p;
-  args.statistics[4 * args.rows + n] = stats.mean_q;
-}
-
-__device__ __forceinline__ RowStatistics<float> load_statistics(const DivergenceArguments& args, int64_t n) {
-  return {args.statistics[n], args.statistics[args.rows + n], args.statistics[2 * args.rows + n],
-          args.statistics[3 * args.rows + n], args.statistics[4 * args.rows + n]};
-}
-
 // The gradient of one class as it is stored: zero without upstream, NaN where the row has none.
 __device__ __forceinline__ float settled(float gradient, float upstream, bool undefined) {
   return upstream == 0.0f ? 0.0f : undefined ? __builtin_nanf("") : gradient * upstream;
@@ -49,7 +31,7 @@ __global__ void __launch_bounds__(kShortRowThreads) short_rows_kernel(Divergence
   const int columns = static_cast<int>(args.columns);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kShortRowThreads;
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * kShortRowThreads + threadIdx.x; n < args.rows; n += stride) {
-    const float weight = weight_of(args, n);
+    const float weight = args.weight_of(n);
     const T* a = static_cast<const T*>(args.a.data) + args.a.strides.offset(n);
     const T* b = static_cast<const T*>(args.b.data) + args.b.strides.offset(n);
     const auto logits = [&](int v) { return Logits<float>{widen(a[v]), widen(b[v])}; };
@@ -264,7 +246,7 @@ __global__ void __launch_bounds__(kMostRowThreads) long_rows_kernel(DivergenceAr
   unsigned char* room = dynamic_shared;
   for (uint32_t n = blockIdx.x; n < args.rows; n += gridDim.x) {
     BlockRow<T, kPack> row(args, n, staged);
-    const float weight = weight_of(args, n);
+    const float weight = args.weight_of(n);
     RowStatistics<float> stats{};
     float loss = 0.0f;
     if (weight != 0.0f) loss = analyse_row<kExact>(row, args, stats, room);

@@ -59,10 +59,7 @@ NoiseSource noise_source(const View* seed, const View* std_per_token, double std
 }
 
 RowStrides row_strides(const View* t) {
-  const int64_t outer = t->size[0], inner = t->size[1];
-  if (outer == 1 || t->stride[0] == inner * t->stride[1]) return {outer * inner, 0, t->stride[1]};
-  if (inner == 1) return {outer, 0, t->stride[0]};
-  return {inner, t->stride[0], t->stride[1]};
+  return RowStrides::of(t->size[0], t->size[1], t->stride[0], t->stride[1]);
 }
 
 RowVector row_vector(const View* t) {

@@ -28,6 +28,13 @@ def load() -> tuple[ModuleType | None, str]:
         return None, f"not built: {reason}" if reason.startswith("skipped") else f"does not load: {error}"
 
 
+def require() -> None:
+    """Raises ImportError with the reason where there is no native module; its ops are registered afterwards."""
+    module, reason = load()
+    if module is None:
+        raise ImportError(f"alum_kernels: the native module {reason}")
+
+
 def unavailable(op: str, device: torch.device, dtype: torch.dtype, divergence: str | None) -> str | None:
     """Why this backend cannot serve ``op`` there, or None if it can."""
     module, reason = load()

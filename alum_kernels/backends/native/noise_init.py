@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from alum_kernels.backends.native import load
+from alum_kernels.backends.native import require
 
-load()
+require()
 
 
 def noise_init(

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from alum_kernels.backends.native import load
+from alum_kernels.backends.native import require
 
-load()
+require()
 
 # In the order of the enums in csrc/core/arguments.h.
 NORMS = {"linf": 0, "l2": 1, "linf_rescale": 2, "none": 3}
