@@ -244,18 +244,52 @@ void symmetric_kl_gradient(const Tensor& a, const Tensor& b, const Tensor& stati
 }
 
 void symmetric_kl_loss_and_gradient(const Tensor& a, const Tensor& b, const std::optional<Tensor>& row_weight,
-                                    const Tensor& rows, const Tensor& grad_a, int64_t divergence, int64_t convention,
-                                    double inv_temperature, double grad_scale) {
+                                    const Tensor& rows, const Tensor& grad_a, const Tensor& grad_b, int64_t divergence,
+                                    int64_t convention, double inv_temperature, double grad_scale) {
   DivergenceArguments args = divergence_arguments(a, b, inv_temperature, divergence, convention);
   if (args.rows == 0) return;
   if (row_weight.has_value()) args.row_weight = row_vector(*row_weight, a, "row_weight");
   check_type(rows, ScalarType::Float, "rows");
   check_type(grad_a, a.scalar_type(), "grad_a");
+  check_type(grad_b, a.scalar_type(), "grad_b");
   args.loss = optional_output<float>(rows, a, args.rows, "rows");
   args.grad_a = optional_output<void>(grad_a, a, args.rows * args.columns, "grad_a");
+  args.grad_b = optional_output<void>(grad_b, a, args.rows * args.columns, "grad_b");
   STD_TORCH_CHECK(args.loss != nullptr && args.grad_a != nullptr, "rows, grad_a: expected outputs");
   args.grad_scale = static_cast<float>(grad_scale);
   launch(args, a, cpu::divergence_loss_and_gradient, cuda::divergence_loss_and_gradient);
+}
+
+// `first` is the adversarial side's product or, with `differences`, that of the difference of the hidden states. The
+// gradients may lie where `first` and `b` do.
+void linear_divergence(const Tensor& first, const Tensor& b, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& row_weight, const Tensor& rows, const Tensor& grad_a,
+                       const Tensor& grad_sum, bool differences, int64_t divergence, int64_t convention,
+                       double inv_temperature) {
+  DivergenceArguments args = divergence_arguments(first, b, inv_temperature, divergence, convention);
+  check_type(first, ScalarType::Float, "first");
+  if (args.rows == 0) return;
+  args.differences = differences;
+  if (bias.has_value()) {
+    check_type(*bias, ScalarType::Float, "bias");
+    check_device(*bias, first, "bias");
+    STD_TORCH_CHECK(bias->is_contiguous() && bias->numel() == args.columns, "bias: expected ", args.columns,
+                    " contiguous elements");
+    args.bias = static_cast<const float*>(bias->const_data_ptr());
+  }
+  if (row_weight.has_value()) args.row_weight = row_vector(*row_weight, first, "row_weight");
+  check_type(rows, ScalarType::Float, "rows");
+  args.loss = optional_output<float>(rows, first, args.rows, "rows");
+  STD_TORCH_CHECK(args.loss != nullptr, "rows: expected an output");
+  args.grad_dtype = dtype_of(grad_a, "grad_a");
+  check_type(grad_sum, grad_a.scalar_type(), "grad_sum");
+  STD_TORCH_CHECK(first.is_cuda() || args.grad_dtype == Dtype::kFloat32, "grad_a: expected float32 on the CPU");
+  args.grad_a = optional_output<void>(grad_a, first, args.rows * args.columns, "grad_a");
+  args.grad_sum = optional_output<void>(grad_sum, first, args.rows * args.columns, "grad_sum");
+  STD_TORCH_CHECK(args.grad_sum == nullptr || args.convention == Convention::kFull,
+                  "grad_sum: expected none without the gradient of both sides");
+  STD_TORCH_CHECK(args.grad_sum == nullptr || args.grad_a != nullptr, "grad_a: expected an output beside grad_sum");
+  launch(args, first, cpu::linear_divergence, cuda::linear_divergence);
 }
 
 }}  // namespace alum
@@ -277,7 +311,10 @@ STABLE_TORCH_LIBRARY(alum_kernels_native, m) {
       " Tensor(b!) grad_b, int divergence, int gradient, float inv_temperature) -> ()");
   m.def(
       "symmetric_kl_loss_and_gradient(Tensor a, Tensor b, Tensor? row_weight, Tensor(a!) rows, Tensor(b!) grad_a,"
-      " int divergence, int gradient, float inv_temperature, float grad_scale) -> ()");
+      " Tensor(c!) grad_b, int divergence, int gradient, float inv_temperature, float grad_scale) -> ()");
+  m.def(
+      "linear_divergence(Tensor first, Tensor b, Tensor? bias, Tensor? row_weight, Tensor(a!) rows, Tensor(b!) grad_a,"
+      " Tensor(c!) grad_sum, bool differences, int divergence, int gradient, float inv_temperature) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alum_kernels_native, CompositeExplicitAutograd, m) {
@@ -286,4 +323,5 @@ STABLE_TORCH_LIBRARY_IMPL(alum_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("symmetric_kl_loss", TORCH_BOX(&alum::symmetric_kl_loss));
   m.impl("symmetric_kl_gradient", TORCH_BOX(&alum::symmetric_kl_gradient));
   m.impl("symmetric_kl_loss_and_gradient", TORCH_BOX(&alum::symmetric_kl_loss_and_gradient));
+  m.impl("linear_divergence", TORCH_BOX(&alum::linear_divergence));
 }

@@ -59,8 +59,8 @@ def raw_calls(place) -> dict[str, list[tuple]]:
             (a, b, statistics, rows, "symmetric_kl", "full", 1.0, False, True, backend),
         ],
         "symmetric_kl_loss_and_gradient": [
-            (a, b, None, "symmetric_kl", "full", 1.0, 1.0, backend),
-            (*shifted, rows[:1, :3], "kl", "detach_clean", 0.5, 4.0, backend),
+            (a, b, None, "symmetric_kl", "full", 1.0, 1.0, True, backend),
+            (*shifted, rows[:1, :3], "kl", "detach_clean", 0.5, 4.0, False, backend),
         ],
     }  # fmt: skip
 

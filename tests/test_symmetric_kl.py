@@ -187,9 +187,13 @@ def test_loss_and_gradient_agree_with_autograd(place, reduction, gradient, colum
         assert not da.requires_grad
         assert da.shape == a.shape
         torch.testing.assert_close(got, loss.detach(), rtol=2 * value_bound(columns), atol=0)
-        want, _ = oracle.divergence_gradient(name, a.flatten(0, 1), b.flatten(0, 1), weight, gradient)
+        want, want_b = oracle.divergence_gradient(name, a.flatten(0, 1), b.flatten(0, 1), weight, gradient)
         assert_gradient(da, want.view_as(a), dtype)
         assert_gradient(x.grad, want.view_as(a), dtype)
+        same, both_a, both_b = symmetric_kl_grad(x, b, divergence=name, clean_gradient=True, **options)
+        assert torch.equal(same, got)
+        assert torch.equal(both_a, da)
+        assert_gradient(both_b, torch.zeros_like(a) if want_b is None else want_b.view_as(b), dtype)
 
 
 def test_grad_scale_keeps_half_precision_gradients_apart_from_zero(place):

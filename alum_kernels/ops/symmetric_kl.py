@@ -4,7 +4,7 @@ What the ops compute is stated in ``alum_kernels/backends/reference/symmetric_kl
 
     loss                   reads both logits, writes the loss of each row and five floats for the backward
     gradient               from those floats and the upstream gradient of each row, writes the logit gradients
-    loss and gradient      both at once, for the adversarial side: the ascent owns its upstream factor
+    loss and gradient      both at once, of one side or of both: for callers who own the upstream factor, as the ascent
 
 Nothing of the size of the logits is kept besides the logits.
 """
@@ -33,7 +33,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "symmetric_kl_loss_and_gradient(Tensor a, Tensor b, Tensor? row_weight, str divergence, str gradient,"
-    " float inv_temperature, float grad_scale, str backend) -> (Tensor, Tensor)",
+    " float inv_temperature, float grad_scale, bool wants_b, str backend) -> (Tensor, Tensor, Tensor)",
     tags=_PT2,
 )
 
@@ -107,30 +107,34 @@ def _loss_and_gradient(
     gradient: str,
     inv_temperature: float,
     grad_scale: float,
+    wants_b: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.empty(a.shape[:2], dtype=torch.float32, device=a.device)
     grad_a = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    grad_b = torch.empty(b.shape if wants_b else (0,), dtype=b.dtype, device=b.device)
     implementation("symmetric_kl", backend).loss_and_gradient(
         _unit_columns(a),
         _unit_columns(b),
         row_weight,
         rows,
         grad_a,
+        grad_b,
         divergence,
         gradient,
         inv_temperature,
         grad_scale,
     )
-    return rows, grad_a
+    return rows, grad_a, grad_b
 
 
 LIBRARY.impl("symmetric_kl_loss_and_gradient", _loss_and_gradient, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("alum_kernels::symmetric_kl_loss_and_gradient", lib=LIBRARY)
-def _loss_and_gradient_fake(a, b, row_weight, divergence, gradient, inv_temperature, grad_scale, backend):
-    return a.new_empty(a.shape[:2], dtype=torch.float32), a.new_empty(a.shape)
+def _loss_and_gradient_fake(a, b, row_weight, divergence, gradient, inv_temperature, grad_scale, wants_b, backend):
+    rows = a.new_empty(a.shape[:2], dtype=torch.float32)
+    return rows, a.new_empty(a.shape), b.new_empty(b.shape if wants_b else (0,))
 
 
 class _GradientOnce(torch.autograd.Function):
@@ -357,8 +361,9 @@ def symmetric_kl_grad(
     temperature: float = 1.0,
     divergence: str = "symmetric_kl",
     grad_scale: float = 1.0,
+    clean_gradient: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The divergence and its gradient to ``adv_logits`` in one launch, for callers who own the upstream factor.
 
     The ascent of adversarial training uses it as
@@ -371,10 +376,12 @@ def symmetric_kl_grad(
         divergence: ``"symmetric_kl"``, ``"kl"`` or ``"js"``.
         grad_scale: the gradient is multiplied by it in fp32 before it is rounded; a power of two keeps fp16 gradients
             out of the subnormals.
+        clean_gradient: also the gradient to ``logits``, from the same launch: both logits are read once and both
+            gradients written once. (Zero under ``"detach_clean"``.)
 
     Returns:
-        The loss, as :func:`symmetric_kl`, and d_adv_logits (..., V) in the dtype of ``adv_logits``. Neither carries a
-        graph.
+        The loss, as :func:`symmetric_kl`, d_adv_logits (..., V) in the dtype of ``adv_logits`` and, with
+        ``clean_gradient``, d_logits. None carries a graph.
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`symmetric_kl`.
@@ -402,12 +409,16 @@ def symmetric_kl_grad(
     if chosen == "reference":
         rows, _ = reference.loss(a, b, row_weight, divergence=divergence, inv_temperature=inv_temperature)
         upstream = torch.full_like(rows, grad_scale) if row_weight is None else row_weight * grad_scale
-        grad_a, _ = reference.gradient(
+        grad_a, grad_b = reference.gradient(
             a, b, upstream, divergence=divergence, gradient=gradient, inv_temperature=inv_temperature
         )
     else:
-        rows, grad_a = torch.ops.alum_kernels.symmetric_kl_loss_and_gradient(
-            a, b, row_weight, divergence, gradient, inv_temperature, grad_scale, chosen
+        wants_b = clean_gradient and gradient != "detach_clean"
+        rows, grad_a, grad_b = torch.ops.alum_kernels.symmetric_kl_loss_and_gradient(
+            a, b, row_weight, divergence, gradient, inv_temperature, grad_scale, wants_b, chosen
         )
     loss = reduce_rows(rows.reshape(adv_logits.shape[:-1]), weight, reduction)
-    return loss, grad_a.reshape(adv_logits.shape)
+    if not clean_gradient:
+        return loss, grad_a.reshape(adv_logits.shape)
+    grad_b = torch.zeros_like(b) if gradient == "detach_clean" else grad_b
+    return loss, grad_a.reshape(adv_logits.shape), grad_b.reshape(logits.shape)

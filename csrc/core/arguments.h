@@ -145,12 +145,17 @@ struct DivergenceArguments {
   LogitRows a, b;
   int64_t rows = 0, columns = 0;
   Dtype dtype = Dtype::kFloat32;
+  Dtype grad_dtype = Dtype::kFloat32;  // of the outputs of the linear divergence; the others write `dtype`
+  // Of the linear divergence: whether `a` holds a - b, and what is added to both sides' logits.
+  bool differences = false;
+  const float* bias = nullptr;  // (V,) or null
   RowVector row_weight;         // data null: every row counts fully; rows of weight zero are skipped
   RowVector grad_rows;          // upstream gradient of each row, for the gradient kernel
   float* loss = nullptr;        // (N,)
   float* statistics = nullptr;  // (5, N), written by the loss, read by the gradient
   void* grad_a = nullptr;       // (N, V) contiguous, or null
   void* grad_b = nullptr;
+  void* grad_sum = nullptr;  // da + db, formed without cancellation; of the linear divergence
   float inv_temperature = 1.0f;
   float grad_scale = 1.0f;  // of the kernel that gives loss and gradient
   Divergence divergence = Divergence::kSymmetricKl;

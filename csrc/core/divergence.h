@@ -20,6 +20,11 @@
 // Where c lies three deviations out, J is the small difference of two numbers ten times its size: sums are closed in
 // double, once a row.
 //
+// da + db is of second order in d where da and db are of first, so that it is not their sum:
+//
+//   J          (p - q) (d - E_p[d]) - q J = (p - q) (d - E_q[d]) - p J, whichever weight is the smaller
+//   KL(q||p)   q (g(u) - KL(q||p))
+//
 // Both sums of weights are at least 1, since d = 0 at the largest b. The sweep is *narrow*, and right, while
 // max a - c - max b <= 30; beyond, each side gets its own maximum (WideSums). Rows of up to 64 classes sum J term by
 // term (core/exact_row.h); differences of logits are carried exactly (two-sum) where few classes share the rounding.
@@ -44,6 +49,12 @@ constexpr float kLowest = -3.40282347e38f;
 template <class F>
 struct RowStatistics {
   F lse_b, c, log_ratio, mean_p, mean_q;
+
+  // The same for a vector of classes of one row.
+  template <class V>
+  ALUM_INLINE RowStatistics<V> broadcasted() const {
+    return {broadcast<V>(lse_b), broadcast<V>(c), broadcast<V>(log_ratio), broadcast<V>(mean_p), broadcast<V>(mean_q)};
+  }
 };
 constexpr int kRowStatistics = 5;
 
@@ -73,6 +84,24 @@ template <class F>
 ALUM_INLINE Exact<F> exact_difference(F a, F b) {
   const F high = a - b, moved = high - a;
   return {high, (a - (high - moved)) - (b + moved)};
+}
+
+// One class as a kernel reads it. The difference a - b comes with it, since a fused linear divergence knows it better than
+// two rounded logits do.
+template <class F>
+struct Logits {
+  F a, b;
+  Exact<F> difference;
+};
+
+template <class F>
+ALUM_INLINE Logits<F> two_logits(F a, F b) {
+  return {a, b, exact_difference(a, b)};
+}
+
+template <class F>
+ALUM_INLINE Logits<F> logits_apart(F difference, F b) {
+  return {b + difference, b, {difference, F{}}};
 }
 
 // Neither side may hold NaN or +inf; a class that is -inf on one side only makes the divergence infinite.
@@ -198,6 +227,14 @@ ALUM_INLINE Gradients<F> gradients(Rule rule, const Weights<F>& w, F d, F mean_p
     default:
       return {w.difference + w.w1 * (d - mean_p), -w.difference - w.w2 * (d - mean_q)};
   }
+}
+
+// da + db of one class under a rule that has both, before the upstream factor; `loss` is the row's.
+template <class F>
+ALUM_INLINE F summed_gradient(Rule rule, const Weights<F>& w, F d, F u, F mean_p, F mean_q, F loss) {
+  if (rule == Rule::kKl) return kl_q_term(w, u) - w.w2 * loss;
+  const auto gained = u > 0.0f;
+  return w.difference * (d - (gained ? mean_p : mean_q)) - (gained ? w.w2 : w.w1) * loss;
 }
 
 ALUM_END

@@ -13,11 +13,6 @@
 ALUM_BEGIN
 
 template <class F>
-struct Logits {
-  F a, b;
-};
-
-template <class F>
 struct ExactRow {
   RowStatistics<F> statistics;
   F loss;
@@ -31,12 +26,12 @@ ALUM_INLINE ExactRow<F> exact_row(Divergence divergence, const Load& load, int c
 
   const Logits<F> first = load(0);
   F max_a = first.a, max_b = first.b;
-  Exact<F> c = exact_difference(first.a, first.b);
+  Exact<F> c = first.difference;
   auto regular = is_regular(first.a, first.b);
   auto one_sided = is_one_sided(first.a, first.b);
   for (int v = 1; v < columns; ++v) {
     const Logits<F> x = load(v);
-    const Exact<F> d = exact_difference(x.a, x.b);
+    const Exact<F> d = x.difference;
     const auto above = x.b > max_b;
     c = {above ? d.high : c.high, above ? d.low : c.low};
     max_b = above ? x.b : max_b;
@@ -52,7 +47,7 @@ ALUM_INLINE ExactRow<F> exact_row(Divergence divergence, const Load& load, int c
     F weight_a, weight_b, d;
   };
   const auto weigh = [&](Logits<F> x) ALUM_LAMBDA {
-    const Exact<F> d = exact_difference(x.a, x.b);
+    const Exact<F> d = x.difference;
     const Exact<F> below_a = exact_difference(x.a, max_a), below_b = exact_difference(x.b, max_b);
     const F centred = ((d.high - c.high) + (d.low - c.low)) * inv_temperature;
     const auto dead = x.b == -infinity;
@@ -98,11 +93,27 @@ ALUM_INLINE ExactRow<F> exact_row(Divergence divergence, const Load& load, int c
 // Gradient of one class from the stored statistics of a row that has one; zero for a dead class. At the largest b, d is
 // zero as in the sums: c is that difference, rounded as here, and the temperature comes after it.
 template <class F>
-ALUM_INLINE Gradients<F> class_gradient(Rule rule, Logits<F> x, const RowStatistics<F>& row, float inv_temperature) {
+ALUM_INLINE Gradients<F> class_gradient(Rule rule, const Logits<F>& x, const RowStatistics<F>& row,
+                                        float inv_temperature) {
   // NaN is the difference of a dead class, whose weights are zero
-  const F d = larger_of(((x.a - x.b) - row.c) * inv_temperature, broadcast<F>(kLowest));
+  const F d = larger_of((x.difference.high - row.c) * inv_temperature, broadcast<F>(kLowest));
   const Weights<F> w = weights(x.b * inv_temperature, -row.lse_b, d - row.log_ratio);
   return gradients(rule, w, d, row.mean_p, row.mean_q);
+}
+
+// The same for the side of a, with da + db.
+template <class F>
+struct LinearGradients {
+  F da, sum;
+};
+
+template <class F>
+ALUM_INLINE LinearGradients<F> linear_class_gradient(Rule rule, const Logits<F>& x, const RowStatistics<F>& row, F loss,
+                                                     float inv_temperature) {
+  const F d = larger_of((x.difference.high - row.c) * inv_temperature, broadcast<F>(kLowest)), u = d - row.log_ratio;
+  const Weights<F> w = weights(x.b * inv_temperature, -row.lse_b, u);
+  return {gradients(rule, w, d, row.mean_p, row.mean_q).da,
+          summed_gradient(rule, w, d, u, row.mean_p, row.mean_q, loss)};
 }
 
 ALUM_END

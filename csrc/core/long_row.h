@@ -35,30 +35,30 @@ struct Centred {
 };
 
 template <bool kExact, class F>
-ALUM_INLINE Centred<F> centred(F a, F b, const RowExtremes& x, float inv_temperature) {
+ALUM_INLINE Centred<F> centred(const Logits<F>& y, const RowExtremes& x, float inv_temperature) {
   // NaN, the difference of a dead class, becomes a number
   const F least = broadcast<F>(kLowest);
   if constexpr (!kExact) {
     const float c = x.difference.high;
-    return {(b - x.max_b) * inv_temperature, F{}, larger_of(((a - b) - c) * inv_temperature, least)};
+    return {(y.b - x.max_b) * inv_temperature, F{}, larger_of((y.difference.high - c) * inv_temperature, least)};
   } else {
-    const Exact<F> d = exact_difference(a, b), below = exact_difference(b, broadcast<F>(x.max_b));
+    const Exact<F> d = y.difference, below = exact_difference(y.b, broadcast<F>(x.max_b));
     const F value = ((d.high - x.difference.high) + (d.low - x.difference.low)) * inv_temperature;
-    const auto dead = b == broadcast<F>(-__builtin_inff());
+    const auto dead = y.b == broadcast<F>(-__builtin_inff());
     return {below.high * inv_temperature, dead ? F{} : below.low * inv_temperature, larger_of(value, least)};
   }
 }
 
 template <bool kExact, class F>
-ALUM_INLINE void add_narrow(NarrowSums<F>& sums, F a, F b, const RowExtremes& x, float inv_temperature) {
-  const Centred<F> y = centred<kExact>(a, b, x, inv_temperature);
+ALUM_INLINE void add_narrow(NarrowSums<F>& sums, const Logits<F>& logits, const RowExtremes& x, float inv_temperature) {
+  const Centred<F> y = centred<kExact>(logits, x, inv_temperature);
   sums.add(y.high, y.low, y.d);
 }
 
 template <bool kExact, class F>
-ALUM_INLINE void add_wide(WideSums<F>& sums, F a, F b, const RowExtremes& x, float inv_temperature) {
-  const Centred<F> y = centred<kExact>(a, b, x, inv_temperature);
-  sums.add((a - x.max_a) * inv_temperature, y.high, y.d);
+ALUM_INLINE void add_wide(WideSums<F>& sums, const Logits<F>& logits, const RowExtremes& x, float inv_temperature) {
+  const Centred<F> y = centred<kExact>(logits, x, inv_temperature);
+  sums.add((logits.a - x.max_a) * inv_temperature, y.high, y.d);
 }
 
 ALUM_INLINE RowResult finish_narrow(const NarrowSums<double>& s, const RowExtremes& x, float inv_temperature) {
@@ -74,10 +74,11 @@ template <class F>
 struct TermSums {
   F up{}, down{}, l1{}, l2{};
 
-  ALUM_INLINE void add(F a, F b, const RowExtremes& x, float inv_temperature, float log_ratio, Divergence divergence) {
-    const Centred<F> y = centred<true>(a, b, x, inv_temperature);
-    const Exact<F> above = exact_difference(a, broadcast<F>(x.max_a));
-    const auto dead = b == broadcast<F>(-__builtin_inff());
+  ALUM_INLINE void add(const Logits<F>& logits, const RowExtremes& x, float inv_temperature, float log_ratio,
+                       Divergence divergence) {
+    const Centred<F> y = centred<true>(logits, x, inv_temperature);
+    const Exact<F> above = exact_difference(logits.a, broadcast<F>(x.max_a));
+    const auto dead = logits.b == broadcast<F>(-__builtin_inff());
     const F weight_a = exp(above.high * inv_temperature, dead ? F{} : above.low * inv_temperature);
     const F weight_b = exp(y.high, y.low), u = y.d - log_ratio;
     const auto gained = u > 0.0f;

@@ -1,6 +1,7 @@
 // The CPU kernels for one instruction set; the build compiles this file once for each, with its flags and its name in
 // ALUM_ISA.
 #include "cpu/kernels.h"
+#include "cpu/linear_symmetric_kl.h"
 #include "cpu/noise_init.h"
 #include "cpu/projected_ascent.h"
 #include "cpu/symmetric_kl.h"
@@ -82,12 +83,23 @@ void divergence_loss_and_gradient(const DivergenceArguments& args, int64_t begin
   });
 }
 
+void linear_divergence(const DivergenceArguments& args, int64_t begin, int64_t end) {
+  args.differences ? linear_divergence_rows<RowForm::kBiasedDifferences>(args, begin, end)
+                   : linear_divergence_rows<RowForm::kBiasedLogits>(args, begin, end);
+}
+
 }  // namespace
 
 extern const Kernels ALUM_JOIN(kernels_, ALUM_ISA);
 const Kernels ALUM_JOIN(kernels_, ALUM_ISA) = {
-    ALUM_TEXT(ALUM_ISA),          noise_init, projected_ascent, ascent_phase, divergence_loss, divergence_gradient,
+    ALUM_TEXT(ALUM_ISA),
+    noise_init,
+    projected_ascent,
+    ascent_phase,
+    divergence_loss,
+    divergence_gradient,
     divergence_loss_and_gradient,
+    linear_divergence,
 };
 
 }  // namespace alum::cpu

@@ -17,6 +17,7 @@ struct Kernels {
   void (*divergence_loss)(const DivergenceArguments&, int64_t begin, int64_t end);
   void (*divergence_gradient)(const DivergenceArguments&, int64_t begin, int64_t end);
   void (*divergence_loss_and_gradient)(const DivergenceArguments&, int64_t begin, int64_t end);
+  void (*linear_divergence)(const DivergenceArguments&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_baseline;

@@ -170,4 +170,9 @@ void divergence_loss_and_gradient(const DivergenceArguments& args) {
          [&](int64_t begin, int64_t end) { kernels().divergence_loss_and_gradient(args, begin, end); });
 }
 
+void linear_divergence(const DivergenceArguments& args) {
+  spread(args.rows, args.columns, 1,
+         [&](int64_t begin, int64_t end) { kernels().linear_divergence(args, begin, end); });
+}
+
 }  // namespace alum::cpu

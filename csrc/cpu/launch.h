@@ -10,6 +10,7 @@ void projected_ascent(const AscentArguments& args);
 void divergence_loss(const DivergenceArguments& args);
 void divergence_gradient(const DivergenceArguments& args);
 void divergence_loss_and_gradient(const DivergenceArguments& args);
+void linear_divergence(const DivergenceArguments& args);
 
 // Name of the instruction set in use.
 const char* capability();

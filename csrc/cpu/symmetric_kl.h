@@ -21,68 +21,90 @@ ALUM_BEGIN
 // Vectors that are summed in fp32 before the sum is carried on in double.
 constexpr int kFold = 64;
 
-template <class T>
-struct RowPair {
-  const T *a, *b;
-  int64_t columns;
+// What the two rows of a pair hold: both logits, or what comes out of a product with a head's weight, to which its bias
+// is still to be added: both logits, or b and the difference a - b.
+enum class RowForm { kLogits, kBiasedLogits, kBiasedDifferences };
 
-  // body(v, count, a, b) for every vector of columns; count < kWidth in the last one only, where lanes beyond it are
+template <class T, RowForm kForm>
+struct RowPair {
+  const T *first, *b;
+  int64_t columns;
+  const float* bias;  // (V,) or null
+
+  template <class F>
+  ALUM_INLINE Logits<F> logits(F first_values, F b_values, F bias_values) const {
+    if constexpr (kForm == RowForm::kLogits) return two_logits(first_values, b_values);
+    if constexpr (kForm == RowForm::kBiasedDifferences) return logits_apart(first_values, b_values + bias_values);
+    // the bias is no part of the difference
+    return {first_values + bias_values, b_values + bias_values, exact_difference(first_values, b_values)};
+  }
+
+  ALUM_INLINE Logits<float> at(int64_t v) const {
+    return logits<float>(widen(first[v]), widen(b[v]), bias == nullptr ? 0.0f : bias[v]);
+  }
+
+  // body(v, count, logits) for every vector of columns; count < kWidth in the last one only, where lanes beyond it are
   // dead classes.
   template <class Body>
   ALUM_INLINE void each_counted(int64_t begin, int64_t end, const Body& body) const {
-    const T *const from_a = a, *const from_b = b;
+    const T *const from_first = first, *const from_b = b;
     int64_t v = begin;
     for (; v + kWidth <= end; v += kWidth) {
-      body(v, std::integral_constant<int64_t, kWidth>{}, load(from_a + v), load(from_b + v));
+      const Vec added = kForm == RowForm::kLogits || bias == nullptr ? Vec{} : load(bias + v);
+      body(v, std::integral_constant<int64_t, kWidth>{}, logits<Vec>(load(from_first + v), load(from_b + v), added));
     }
-    const Vec dead = broadcast<Vec>(-__builtin_inff());
-    if (v < end) body(v, end - v, load_partial(from_a + v, end - v, dead), load_partial(from_b + v, end - v, dead));
+    if (v == end) return;
+    const Vec dead = broadcast<Vec>(-__builtin_inff()), none = kForm == RowForm::kBiasedDifferences ? Vec{} : dead;
+    const Vec added = kForm == RowForm::kLogits || bias == nullptr ? Vec{} : load_partial(bias + v, end - v, Vec{});
+    body(v, end - v,
+         logits<Vec>(load_partial(from_first + v, end - v, none), load_partial(from_b + v, end - v, dead), added));
   }
 
-  // body(a, b) likewise.
+  // body(logits) likewise.
   template <class Body>
   ALUM_INLINE void each(int64_t begin, int64_t end, const Body& body) const {
-    each_counted(begin, end, [&](int64_t, auto, Vec x, Vec y) ALUM_LAMBDA { body(x, y); });
+    each_counted(begin, end, [&](int64_t, auto, const Logits<Vec>& x) ALUM_LAMBDA { body(x); });
   }
 };
 
 // Whether a row holds NaN or +inf, and whether a class is -inf on one side only.
-template <class T>
-void inspect_infinities(const RowPair<T>& row, RowExtremes& x) {
+template <class Row>
+void inspect_infinities(const Row& row, RowExtremes& x) {
   IntVec irregular{}, one_sided{};
-  row.each(0, row.columns, [&](Vec a, Vec b) ALUM_LAMBDA {
-    irregular |= ~is_regular(a, b);
-    one_sided |= is_one_sided(a, b);
+  row.each(0, row.columns, [&](const Logits<Vec>& y) ALUM_LAMBDA {
+    irregular |= ~is_regular(y.a, y.b);
+    one_sided |= is_one_sided(y.a, y.b);
   });
   x.regular = !any_lane(irregular) && x.max_b > -__builtin_inff();
   x.one_sided = any_lane(one_sided);
 }
 
-template <class T>
-RowExtremes row_extremes(const RowPair<T>& row) {
+template <class Row>
+RowExtremes row_extremes(const Row& row) {
   const Vec none = broadcast<Vec>(-__builtin_inff());
-  Vec max_a = none, max_b = none, a_at_max = none, finite{};
-  const auto look = [&](Vec a, Vec b) ALUM_LAMBDA {
-    const auto above = b > max_b;
-    a_at_max = above ? a : a_at_max;
-    max_b = larger_of(b, max_b);
-    max_a = larger_of(a, max_a);
+  Vec max_a = none, max_b = none, finite{};
+  Exact<Vec> at_max{};
+  const auto look = [&](const Logits<Vec>& y) ALUM_LAMBDA {
+    const auto above = y.b > max_b;
+    at_max = {above ? y.difference.high : at_max.high, above ? y.difference.low : at_max.low};
+    max_b = larger_of(y.b, max_b);
+    max_a = larger_of(y.a, max_a);
   };
-  const auto look_closely = [&](Vec a, Vec b) ALUM_LAMBDA {
-    look(a, b);
-    finite = a * 0.0f + (b * 0.0f + finite);  // stays zero while nothing is infinite or NaN
+  const auto look_closely = [&](const Logits<Vec>& y) ALUM_LAMBDA {
+    look(y);
+    finite = y.a * 0.0f + (y.b * 0.0f + finite);  // stays zero while nothing is infinite or NaN
   };
   const int64_t whole = row.columns / kWidth * kWidth;
   row.each(0, whole, look_closely);
   row.each(whole, row.columns, look);  // padded with -inf
   bool all_finite = !any_lane(finite != Vec{});
   for (int64_t v = whole; v < row.columns; ++v) {
-    all_finite =
-        all_finite && absolute(widen(row.a[v])) < __builtin_inff() && absolute(widen(row.b[v])) < __builtin_inff();
+    const Logits<float> y = row.at(v);
+    all_finite = all_finite && absolute(y.a) < __builtin_inff() && absolute(y.b) < __builtin_inff();
   }
   int best = 0;
   for (int i = 1; i < kWidth; ++i) best = max_b[i] > max_b[best] ? i : best;
-  RowExtremes x{max_lanes(max_a), max_b[best], exact_difference<float>(a_at_max[best], max_b[best]), true, false};
+  RowExtremes x{max_lanes(max_a), max_b[best], {at_max.high[best], at_max.low[best]}, true, false};
   if (!all_finite) inspect_infinities(row, x);
   return x;
 }
@@ -100,45 +122,44 @@ ALUM_INLINE TermSums<double> total(const TermSums<double>& t, const TermSums<Vec
   return {t.up + sum_lanes(s.up), t.down + sum_lanes(s.down), t.l1 + sum_lanes(s.l1), t.l2 + sum_lanes(s.l2)};
 }
 
-// Sums<double> of add(Sums<Vec>&, a, b) over a row; fp32 within a few vectors, double beyond.
-template <template <class> class Sums, class T, class Add>
-ALUM_INLINE Sums<double> sum_row(const RowPair<T>& row, const Add& add) {
+// Sums<double> of add(Sums<Vec>&, logits) over a row; fp32 within a few vectors, double beyond.
+template <template <class> class Sums, class Row, class Add>
+ALUM_INLINE Sums<double> sum_row(const Row& row, const Add& add) {
   constexpr int64_t kBlock = static_cast<int64_t>(kFold) * kWidth;
   Sums<double> totals;
   for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
     const int64_t end = begin + kBlock < row.columns ? begin + kBlock : row.columns;
     Sums<Vec> sums;
-    row.each(begin, end, [&](Vec a, Vec b) ALUM_LAMBDA { add(sums, a, b); });
+    row.each(begin, end, [&](const Logits<Vec>& y) ALUM_LAMBDA { add(sums, y); });
     totals = total(totals, sums);
   }
   return totals;
 }
 
-template <bool kExact, class T>
-RowResult row_result(const RowPair<T>& row, const RowExtremes& extremes, float inv_temperature) {
+template <bool kExact, class Row>
+RowResult row_result(const Row& row, const RowExtremes& extremes, float inv_temperature) {
   const RowExtremes x = extremes;
   if (x.gap(inv_temperature) <= kNarrow) {
-    const auto sums = sum_row<NarrowSums>(
-        row, [&](NarrowSums<Vec>& s, Vec a, Vec b) ALUM_LAMBDA { add_narrow<kExact>(s, a, b, x, inv_temperature); });
+    const auto sums = sum_row<NarrowSums>(row, [&](NarrowSums<Vec>& s, const Logits<Vec>& y)
+                                                   ALUM_LAMBDA { add_narrow<kExact>(s, y, x, inv_temperature); });
     return finish_narrow(sums, x, inv_temperature);
   }
   const auto sums = sum_row<WideSums>(
-      row, [&](WideSums<Vec>& s, Vec a, Vec b) ALUM_LAMBDA { add_wide<kExact>(s, a, b, x, inv_temperature); });
+      row, [&](WideSums<Vec>& s, const Logits<Vec>& y) ALUM_LAMBDA { add_wide<kExact>(s, y, x, inv_temperature); });
   return finish_wide(sums, x, inv_temperature);
 }
 
-template <class T>
-float row_terms(const RowPair<T>& row, const RowExtremes& extremes, const DivergenceArguments& args, float log_ratio) {
+template <class Row>
+float row_terms(const Row& row, const RowExtremes& extremes, const DivergenceArguments& args, float log_ratio) {
   const RowExtremes x = extremes;
   const Divergence divergence = args.divergence;
   const float inv_temperature = args.inv_temperature;
-  return finish_terms(sum_row<TermSums>(row, [&](TermSums<Vec>& s, Vec a, Vec b) ALUM_LAMBDA {
-    s.add(a, b, x, inv_temperature, log_ratio, divergence);
-  }));
+  return finish_terms(sum_row<TermSums>(row, [&](TermSums<Vec>& s, const Logits<Vec>& y)
+                                                 ALUM_LAMBDA { s.add(y, x, inv_temperature, log_ratio, divergence); }));
 }
 
-template <class T>
-float analyse_row(const RowPair<T>& row, const DivergenceArguments& args, RowStatistics<float>& stats) {
+template <class Row>
+float analyse_row(const Row& row, const DivergenceArguments& args, RowStatistics<float>& stats) {
   const RowExtremes x = row_extremes(row);
   if (!x.regular || x.one_sided) {
     const float nan = __builtin_nanf("");
@@ -176,21 +197,20 @@ void fill_row(T* to, int64_t columns, float value) {
   }
 }
 
-template <Rule kRule, bool kSideA, bool kSideB, class T>
-void write_row_sides(const RowPair<T>& row, const RowStatistics<float>& stats, float inv_temperature, float upstream,
+template <Rule kRule, bool kSideA, bool kSideB, class Row, class T>
+void write_row_sides(const Row& row, const RowStatistics<float>& stats, float inv_temperature, float upstream,
                      T* grad_a, T* grad_b) {
-  const RowStatistics<Vec> all{broadcast<Vec>(stats.lse_b), broadcast<Vec>(stats.c), broadcast<Vec>(stats.log_ratio),
-                               broadcast<Vec>(stats.mean_p), broadcast<Vec>(stats.mean_q)};
+  const RowStatistics<Vec> all = stats.template broadcasted<Vec>();
   const Vec factor = broadcast<Vec>(upstream * inv_temperature);
-  row.each_counted(0, row.columns, [&](int64_t v, auto count, Vec a, Vec b) ALUM_LAMBDA {
-    const Gradients<Vec> g = class_gradient(kRule, Logits<Vec>{a, b}, all, inv_temperature);
+  row.each_counted(0, row.columns, [&](int64_t v, auto count, const Logits<Vec>& y) ALUM_LAMBDA {
+    const Gradients<Vec> g = class_gradient(kRule, y, all, inv_temperature);
     if (kSideA) store_some(grad_a + v, g.da * factor, count);
     if (kSideB) store_some(grad_b + v, g.db * factor, count);
   });
 }
 
-template <class T>
-void write_row_gradient(const RowPair<T>& row, const DivergenceArguments& args, const RowStatistics<float>& stats,
+template <class Row, class T>
+void write_row_gradient(const Row& row, const DivergenceArguments& args, const RowStatistics<float>& stats,
                         float upstream, T* grad_a, T* grad_b) {
   const bool undefined = stats.lse_b != stats.lse_b, silent = upstream == 0.0f;
   if (undefined || silent) {
@@ -231,7 +251,7 @@ struct RowTiles {
   const int columns;
   LogitTile a, b, grad_a, grad_b;
 
-  Logits<Vec> operator()(int v) const { return {a[v], b[v]}; }
+  Logits<Vec> operator()(int v) const { return two_logits(a[v], b[v]); }
 
   template <class T>
   void read(const DivergenceArguments& args, int64_t first, int count) {
@@ -271,10 +291,10 @@ void write_tile_gradient(RowTiles& tiles, const DivergenceArguments& args, const
   if (grad_b != nullptr) tiles.grad_b.write(grad_b + first * args.columns, count);
 }
 
-template <class T>
-ALUM_INLINE RowPair<T> row_pair(const DivergenceArguments& args, int64_t n) {
+template <class T, RowForm kForm = RowForm::kLogits>
+ALUM_INLINE RowPair<T, kForm> row_pair(const DivergenceArguments& args, int64_t n) {
   return {static_cast<const T*>(args.a.data) + args.a.strides.offset(n),
-          static_cast<const T*>(args.b.data) + args.b.strides.offset(n), args.columns};
+          static_cast<const T*>(args.b.data) + args.b.strides.offset(n), args.columns, args.bias};
 }
 
 template <class T>
@@ -300,10 +320,11 @@ void divergence_loss_and_gradient_rows(const DivergenceArguments& args, int64_t 
   for (int64_t n = begin; n < end; ++n) {
     RowStatistics<float> stats{};
     const float weight = args.weight_of(n);
-    const RowPair<T> row = row_pair<T>(args, n);
+    const auto row = row_pair<T>(args, n);
     args.loss[n] = weight == 0.0f ? 0.0f : analyse_row(row, args, stats);
-    write_row_gradient<T>(row, args, stats, weight * args.grad_scale, static_cast<T*>(args.grad_a) + n * args.columns,
-                          nullptr);
+    T* grad_b = args.grad_b == nullptr ? nullptr : static_cast<T*>(args.grad_b) + n * args.columns;
+    write_row_gradient(row, args, stats, weight * args.grad_scale, static_cast<T*>(args.grad_a) + n * args.columns,
+                       grad_b);
   }
 }
 
@@ -366,7 +387,7 @@ void divergence_loss_and_gradient_tiles(const DivergenceArguments& args, int64_t
     const ExactRow<Vec> row = analyse_tiles(tiles, args, weight);
     store_some(args.loss + first, row.loss, count);
     write_tile_gradient<T>(tiles, args, row.statistics, weight * args.grad_scale, first, count,
-                           static_cast<T*>(args.grad_a), nullptr);
+                           static_cast<T*>(args.grad_a), static_cast<T*>(args.grad_b));
   });
 }
 

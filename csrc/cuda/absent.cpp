@@ -15,6 +15,7 @@ void projected_ascent(const AscentArguments&, void*) { refuse(); }
 void divergence_loss(const DivergenceArguments&, void*) { refuse(); }
 void divergence_gradient(const DivergenceArguments&, void*) { refuse(); }
 void divergence_loss_and_gradient(const DivergenceArguments&, void*) { refuse(); }
+void linear_divergence(const DivergenceArguments&, void*) { refuse(); }
 int64_t ascent_scratch_bytes(const AscentArguments&) { return 0; }
 void* current_stream(int32_t) { refuse(); }
 bool stream_resolved() { return false; }

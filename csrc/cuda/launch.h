@@ -10,6 +10,7 @@ void projected_ascent(const AscentArguments& args, void* stream);
 void divergence_loss(const DivergenceArguments& args, void* stream);
 void divergence_gradient(const DivergenceArguments& args, void* stream);
 void divergence_loss_and_gradient(const DivergenceArguments& args, void* stream);
+void linear_divergence(const DivergenceArguments& args, void* stream);
 
 // Device memory that projected_ascent wants in args.scratch.
 int64_t ascent_scratch_bytes(const AscentArguments& args);

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kShortRowThreads) short_rows_kernel(Divergence
     const float weight = args.weight_of(n);
     const T* a = static_cast<const T*>(args.a.data) + args.a.strides.offset(n);
     const T* b = static_cast<const T*>(args.b.data) + args.b.strides.offset(n);
-    const auto logits = [&](int v) { return Logits<float>{widen(a[v]), widen(b[v])}; };
+    const auto logits = [&](int v) { return two_logits(widen(a[v]), widen(b[v])); };
     ExactRow<float> row{};
     if (weight != 0.0f) row = exact_row<float, 0>(args.divergence, logits, columns, args.inv_temperature);
     args.loss[n] = row.loss;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kElementThreads) short_gradient_kernel(Diverge
     if (upstream != 0.0f && !undefined) {
       const float a = widen(static_cast<const T*>(args.a.data)[args.a.strides.offset(n) + v]);
       const float b = widen(static_cast<const T*>(args.b.data)[args.b.strides.offset(n) + v]);
-      g = class_gradient(rule, Logits<float>{a, b}, stats, args.inv_temperature);
+      g = class_gradient(rule, two_logits(a, b), stats, args.inv_temperature);
     }
     if (args.grad_a != nullptr) static_cast<T*>(args.grad_a)[i] = narrow<T>(settled(g.da, upstream, undefined));
     if (args.grad_b != nullptr) static_cast<T*>(args.grad_b)[i] = narrow<T>(settled(g.db, upstream, undefined));
@@ -213,12 +213,14 @@ template <bool kExact, class Row>
 __device__ __forceinline__ RowResult row_result(const Row& row, const RowExtremes& x, float inv_temperature,
                                                 unsigned char* room) {
   if (x.gap(inv_temperature) <= kNarrow) {
-    const auto sums = sum_row<NarrowSums>(
-        row, room, [&](NarrowSums<float>& s, float a, float b) { add_narrow<kExact>(s, a, b, x, inv_temperature); });
+    const auto sums = sum_row<NarrowSums>(row, room, [&](NarrowSums<float>& s, float a, float b) {
+      add_narrow<kExact>(s, two_logits(a, b), x, inv_temperature);
+    });
     return finish_narrow(sums, x, inv_temperature);
   }
-  const auto sums = sum_row<WideSums>(
-      row, room, [&](WideSums<float>& s, float a, float b) { add_wide<kExact>(s, a, b, x, inv_temperature); });
+  const auto sums = sum_row<WideSums>(row, room, [&](WideSums<float>& s, float a, float b) {
+    add_wide<kExact>(s, two_logits(a, b), x, inv_temperature);
+  });
   return finish_wide(sums, x, inv_temperature);
 }
 
@@ -236,7 +238,7 @@ __device__ __forceinline__ float analyse_row(Row& row, const DivergenceArguments
   stats = result.statistics;
   if (args.divergence == Divergence::kSymmetricKl && args.columns > kTermwiseColumns) return result.symmetric_kl;
   return finish_terms(sum_row<TermSums>(row, room, [&](TermSums<float>& s, float a, float b) {
-    s.add(a, b, x, args.inv_temperature, stats.log_ratio, args.divergence);
+    s.add(two_logits(a, b), x, args.inv_temperature, stats.log_ratio, args.divergence);
   }));
 }
 
@@ -265,7 +267,7 @@ __global__ void __launch_bounds__(kMostRowThreads) long_rows_kernel(DivergenceAr
       continue;
     }
     row.write(grad, [&](float a, float b) {
-      return class_gradient(rule, Logits<float>{a, b}, stats, args.inv_temperature).da * upstream;
+      return class_gradient(rule, two_logits(a, b), stats, args.inv_temperature).da * upstream;
     });
   }
 }
@@ -291,7 +293,7 @@ __global__ void __launch_bounds__(kElementThreads) long_gradient_kernel(Divergen
         const Pack<T, kPack> b = *reinterpret_cast<const Pack<T, kPack>*>(from_b + v);
 #pragma unroll
         for (int i = 0; i < kPack; ++i) {
-          const Logits<float> x{widen(a.values[i]), widen(b.values[i])};
+          const Logits<float> x = two_logits(widen(a.values[i]), widen(b.values[i]));
           const Gradients<float> g = class_gradient(rule, x, stats, args.inv_temperature);
           da.values[i] = narrow<T>(g.da * upstream);
           db.values[i] = narrow<T>(g.db * upstream);

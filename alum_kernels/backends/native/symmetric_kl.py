@@ -48,6 +48,7 @@ def loss_and_gradient(
     row_weight: Tensor | None,  # (O, I) fp32; rows of weight zero are skipped
     rows: Tensor,  # (O, I) fp32, written
     grad_a: Tensor,  # (O, I, V), written
+    grad_b: Tensor,  # (O, I, V) or empty, written
     divergence: str,
     gradient: str,
     inv_temperature: float,
@@ -59,6 +60,7 @@ def loss_and_gradient(
         row_weight,
         rows,
         grad_a,
+        grad_b,
         DIVERGENCES[divergence],
         GRADIENTS[gradient],
         inv_temperature,
