@@ -3,6 +3,8 @@
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.objectives import AdversarialObjective, AdversarialOutput
 from alum_kernels.ops.dispatch import BackendUnavailableError
+from alum_kernels.ops.linear_ascent import linear_products, linear_symmetric_kl_grad
+from alum_kernels.ops.linear_symmetric_kl import linear_kl, linear_symmetric_kl
 from alum_kernels.ops.noise_init import noise_init
 from alum_kernels.ops.projected_ascent import projected_ascent
 from alum_kernels.ops.squared_error import squared_error
@@ -17,6 +19,10 @@ __all__ = [
     "BackendUnavailableError",
     "js",
     "kl",
+    "linear_kl",
+    "linear_products",
+    "linear_symmetric_kl",
+    "linear_symmetric_kl_grad",
     "noise_init",
     "projected_ascent",
     "squared_error",

@@ -147,5 +147,6 @@ def test_ops_are_where_torch_looks_for_them():
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "alum_kernels_native::" in name
     }
     assert registered == {
-        "noise_init", "projected_ascent", "symmetric_kl_loss", "symmetric_kl_gradient", "symmetric_kl_loss_and_gradient", "linear_divergence"
+        "noise_init", "projected_ascent", "symmetric_kl_loss", "symmetric_kl_gradient",
+        "symmetric_kl_loss_and_gradient", "linear_divergence",
     }  # fmt: skip

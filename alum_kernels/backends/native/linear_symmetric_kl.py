@@ -1,4 +1,4 @@
-"""The native row kernel of ``linear_symmetric_kl``: ``csrc/cpu/linear_symmetric_kl.h`` and ``csrc/cuda/symmetric_kl.cu``."""
+"""The native row kernels of ``linear_symmetric_kl``: ``linear_symmetric_kl`` in ``csrc/cpu`` and ``csrc/cuda``."""
 
 import torch
 from torch import Tensor

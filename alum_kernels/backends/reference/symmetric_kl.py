@@ -106,8 +106,10 @@ def _weights_below(larger: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(up, larger, smaller), torch.where(up, smaller, larger), torch.where(up, -loss, loss)
 
 
-def _analyse(a: Tensor, b: Tensor, inv_temperature: float, divergence: str) -> tuple[RowStatistics, _Terms, Tensor]:
-    """Statistics, terms and the loss of each row of two (N, V) tensors."""
+def _analyse(
+    a: Tensor, b: Tensor, inv_temperature: float, divergence: str, difference: Tensor | None = None
+) -> tuple[RowStatistics, _Terms, Tensor]:
+    """Statistics, terms and the loss of each row of two (N, V) tensors; ``difference`` is a - b where it is known."""
     invalid = ~(a < math.inf).all(-1) | ~(b < math.inf).all(-1) | (b == -math.inf).all(-1)
     separated = ((a == -math.inf) != (b == -math.inf)).any(-1) & ~invalid
     dead = (a == -math.inf) & (b == -math.inf)
@@ -116,7 +118,10 @@ def _analyse(a: Tensor, b: Tensor, inv_temperature: float, divergence: str) -> t
     a, b = torch.where(spoilt, lowest, a), torch.where(spoilt, lowest, b)
 
     # differences of logits, exactly; maxima and c are constants of the row, which the result does not depend on
-    high, low = _two_sum_difference(a, b)
+    if difference is None:
+        high, low = _two_sum_difference(a, b)
+    else:
+        high, low = torch.where(spoilt, 0, difference), torch.zeros_like(a)
     top = b.argmax(-1, keepdim=True)
     c_high, c_low = high.gather(-1, top).detach(), low.gather(-1, top).detach()
     d = ((high - c_high) + (low - c_low)) * inv_temperature
@@ -189,10 +194,19 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def loss(
-    a: Tensor, b: Tensor, row_weight: Tensor | None, *, divergence: str, inv_temperature: float
+    a: Tensor,
+    b: Tensor,
+    row_weight: Tensor | None,
+    *,
+    divergence: str,
+    inv_temperature: float,
+    difference: Tensor | None = None,
 ) -> tuple[Tensor, RowStatistics]:
-    """Loss of each row, (N,) fp32 (float64 for float64 logits), zero where ``row_weight`` is zero."""
-    statistics, _, rows = _analyse(_widen(a), _widen(b), inv_temperature, divergence)
+    """Loss of each row, (N,) fp32 (float64 for float64 logits), zero where ``row_weight`` is zero.
+
+    ``difference``, a - b, may be given where it is known better than from two rounded logits.
+    """
+    statistics, _, rows = _analyse(_widen(a), _widen(b), inv_temperature, divergence, difference)
     return rows if row_weight is None else torch.where(row_weight != 0, rows, 0), statistics
 
 
@@ -202,7 +216,6 @@ def gradient(
     """d loss / d a and d loss / d b, (N, V) each, times ``grad_rows`` (N,); rows of zero upstream are zero."""
     statistics, terms, _ = _analyse(_widen(a), _widen(b), inv_temperature, divergence)
     p, q, d, u, difference, dead = terms
-    upstream = grad_rows.unsqueeze(-1) * inv_temperature
     if divergence == "js":
         da, db = _centred(p, _log_over_m(u, p)) / 2, _centred(q, _log_over_m(-u, q)) / 2
     elif divergence == "kl":
@@ -213,10 +226,35 @@ def gradient(
     else:
         da = difference + p * (d - statistics.mean_p.unsqueeze(-1))
         db = -difference - q * (d - statistics.mean_q.unsqueeze(-1))
-    undefined = torch.isnan(statistics.lse_b).unsqueeze(-1)
+    side_a = _finish(da, statistics, dead, grad_rows, inv_temperature).to(a.dtype)
+    if gradient == "detach_clean":
+        return side_a, None
+    return side_a, _finish(db, statistics, dead, grad_rows, inv_temperature).to(b.dtype)
 
-    def finish(side: Tensor, like: Tensor) -> Tensor:
-        side = torch.where(undefined, math.nan, torch.where(dead, 0, side)) * upstream
-        return torch.where(grad_rows.unsqueeze(-1) != 0, side, 0).to(like.dtype)
 
-    return finish(da, a), None if gradient == "detach_clean" else finish(db, b)
+def _finish(side: Tensor, statistics: RowStatistics, dead: Tensor, grad_rows: Tensor, inv_temperature: float) -> Tensor:
+    undefined, upstream = torch.isnan(statistics.lse_b).unsqueeze(-1), grad_rows.unsqueeze(-1)
+    side = torch.where(undefined, math.nan, torch.where(dead, 0, side)) * (upstream * inv_temperature)
+    return torch.where(upstream != 0, side, 0)
+
+
+def linear_gradient(
+    difference: Tensor, b: Tensor, grad_rows: Tensor, *, divergence: str, gradient: str, inv_temperature: float
+) -> tuple[Tensor, Tensor]:
+    """d loss / d difference and, at that difference, d loss / d b: what a linear head's products take, (N, V) each.
+
+    The first is d/da; the second, d/da + d/db, is of second order in the difference and formed without cancellation.
+    """
+    statistics, terms, rows = _analyse(b + difference, b, inv_temperature, divergence, difference)
+    p, q, d, u, change, dead = terms
+    mean_p, mean_q, row = (x.unsqueeze(-1) for x in (statistics.mean_p, statistics.mean_q, rows))
+    if divergence == "kl":
+        da, total = change, _series_or(u, q * _g(u.clamp(-_SERIES, _SERIES)), change - q * u) - q * row
+    elif gradient == "detach_targets":
+        da, total = change, torch.zeros_like(change)
+    else:
+        da = change + p * (d - mean_p)
+        total = torch.where(u > 0, change * (d - mean_p) - q * row, change * (d - mean_q) - p * row)
+    if gradient == "detach_clean" or (divergence == "kl" and gradient == "detach_targets"):
+        total = da
+    return tuple(_finish(side, statistics, dead, grad_rows, inv_temperature) for side in (da, total))

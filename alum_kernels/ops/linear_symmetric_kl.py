@@ -1,0 +1,398 @@
+"""``linear_symmetric_kl`` and ``linear_kl``: divergences between the predictions of two hidden states under one head.
+
+The logits are never held for the whole batch: a chunk of rows at a time goes through three products and one row kernel,
+which ``alum_kernels/backends/linear_chunks.py`` describes. The forward forms the gradients; the backward scales them,
+out of place, by an upstream factor that the host never looks at. With ``reduction="none"`` the upstream factors of the
+rows are not known in the forward, and the backward goes through the chunks again.
+"""
+
+import torch
+from torch import Tensor
+
+from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions, Wanted
+from alum_kernels.backends.reference import linear_symmetric_kl as reference
+from alum_kernels.ops import checks
+from alum_kernels.ops.dispatch import LIBRARY, choose, implementation
+from alum_kernels.ops.symmetric_kl import GRADIENTS, REDUCTIONS, count, mask_weight, reduce_rows
+
+DIVERGENCES = ("symmetric_kl", "kl")
+
+LIBRARY.define(
+    "linear_symmetric_kl(Tensor adv_hidden, Tensor hidden, Tensor weight, Tensor? bias, Tensor? row_weight,"
+    " Tensor? clean_products, str divergence, str gradient, float inv_temperature, float logit_scale,"
+    " float? soft_cap, bool gather_rows, int? chunk_bytes, bool[4] wanted, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _linear(
+    adv_hidden: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_weight: Tensor | None,
+    clean_products: Tensor | None,
+    divergence: str,
+    gradient: str,
+    inv_temperature: float,
+    logit_scale: float,
+    soft_cap: float | None,
+    gather_rows: bool,
+    chunk_bytes: int | None,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = LinearOptions(
+        divergence=divergence,
+        gradient=gradient,
+        inv_temperature=inv_temperature,
+        logit_scale=logit_scale,
+        soft_cap_at=soft_cap,
+        gather_rows=gather_rows,
+        chunk_bytes=chunk_bytes,
+    )
+    kernel = implementation("linear_symmetric_kl", backend)
+    # the products choose their own dtype: an autocast around the call must not choose it again
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        result = LinearDivergence(
+            kernel, adv_hidden, hidden, weight, bias, row_weight, clean_products, options, Wanted(*wanted)
+        ).run()
+    none = torch.empty(0, dtype=torch.float32, device=hidden.device)
+    sides = (result.adv_hidden, result.hidden, result.weight, result.bias)
+    return result.rows, *(none.clone() if side is None else side for side in sides)
+
+
+LIBRARY.impl("linear_symmetric_kl", _linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("alum_kernels::linear_symmetric_kl", lib=LIBRARY)
+def _linear_fake(
+    adv_hidden,
+    hidden,
+    weight,
+    bias,
+    row_weight,
+    clean_products,
+    divergence,
+    gradient,
+    inv_temperature,
+    logit_scale,
+    soft_cap,
+    gather_rows,
+    chunk_bytes,
+    wanted,
+    backend,
+):
+    shapes = (adv_hidden.shape, hidden.shape, weight.shape, weight.shape[:1])
+    rows = hidden.new_empty(hidden.shape[:1], dtype=torch.float32)
+    return rows, *(
+        hidden.new_empty(shape if want else (0,), dtype=torch.float32)
+        for shape, want in zip(shapes, wanted, strict=True)
+    )
+
+
+class _ScaleOnce(torch.autograd.Function):
+    """``upstream`` times stored fp32 gradients, each rounded once to its dtype; differentiating that again raises.
+
+    The stored ones stay as they are, for a second backward.
+    """
+
+    @staticmethod
+    def forward(ctx, upstream, dtypes, *gradients):
+        return tuple((gradient * upstream).to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "linear_symmetric_kl, linear_kl: second derivatives are not implemented by the fused kernels; "
+            "pass backend='reference', which has them"
+        )
+
+
+def _wanted(ctx, gradient: str) -> list[bool]:
+    """Which of adv_hidden, hidden, weight and bias receive a gradient."""
+    adv_hidden, hidden, weight, bias = ctx.needs_input_grad[:4]
+    return [adv_hidden, hidden and gradient != "detach_clean", weight, bias]
+
+
+class _Reduced(torch.autograd.Function):
+    """The sum of row_weight times the loss of each row, a scalar."""
+
+    @staticmethod
+    def forward(ctx, adv_hidden, hidden, weight, bias, row_weight, options, backend):
+        ctx.wanted = _wanted(ctx, options[1])
+        rows, *gradients = torch.ops.alum_kernels.linear_symmetric_kl(
+            adv_hidden, hidden, weight, bias, row_weight, None, *options, ctx.wanted, backend
+        )
+        inputs = (adv_hidden, hidden, weight, bias)
+        ctx.dtypes = [x.dtype for x, want in zip(inputs, ctx.wanted, strict=True) if want]
+        ctx.save_for_backward(*(g for g, want in zip(gradients, ctx.wanted, strict=True) if want))
+        return (rows * row_weight).sum()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        scaled = iter(_ScaleOnce.apply(upstream, ctx.dtypes, *ctx.saved_tensors))
+        return *(next(scaled) if want else None for want in ctx.wanted), None, None, None
+
+
+class _Rows(torch.autograd.Function):
+    """The loss of each row, (N,)."""
+
+    @staticmethod
+    def forward(ctx, adv_hidden, hidden, weight, bias, row_weight, options, backend):
+        rows, *_ = torch.ops.alum_kernels.linear_symmetric_kl(
+            adv_hidden, hidden, weight, bias, row_weight, None, *options, [False] * 4, backend
+        )
+        ctx.save_for_backward(adv_hidden, hidden, weight, bias, row_weight)
+        ctx.options, ctx.backend = options, backend
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad_rows):
+        *inputs, row_weight = ctx.saved_tensors
+        wanted = _wanted(ctx, ctx.options[1])
+        if row_weight is not None:
+            grad_rows = torch.where(row_weight != 0, grad_rows, 0)
+        _, *gradients = torch.ops.alum_kernels.linear_symmetric_kl(
+            *inputs, grad_rows, None, *ctx.options, wanted, ctx.backend
+        )
+        dtypes = [x.dtype for x, want in zip(inputs, wanted, strict=True) if want]
+        kept = [g for g, want in zip(gradients, wanted, strict=True) if want]
+        scaled = iter(_ScaleOnce.apply(grad_rows.new_ones(()), dtypes, *kept))
+        return *(next(scaled) if want else None for want in wanted), None, None, None
+
+
+def check_linear(
+    adv_hidden: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    reduction: str,
+    gradient: str,
+    temperature: float,
+    logit_scale: float,
+    soft_cap: float | None,
+    chunk_bytes: int | None,
+) -> None:
+    """Check the arguments of a linear divergence."""
+    for name, tensor in (("adv_hidden", adv_hidden), ("hidden", hidden), ("weight", weight)):
+        checks.check_floating(name, tensor)
+    if adv_hidden.dim() < 2:
+        raise ValueError(f"adv_hidden: expected shape (..., H) with a row dimension, got {checks.shape_of(adv_hidden)}")
+    checks.check_like("hidden", hidden, "adv_hidden", adv_hidden)
+    checks.check_rank("weight", weight, 2, "(V, H)")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}) as hidden, got {checks.shape_of(weight)}")
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"weight: expected at least one class and one feature, got shape {checks.shape_of(weight)}")
+    others = [("weight", weight)]
+    if bias is not None:
+        checks.check_floating("bias", bias)
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {checks.shape_of(bias)}")
+        others.append(("bias", bias))
+    for name, tensor in others:
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {tensor.device}")
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name}: expected dtype {hidden.dtype} as hidden, got {tensor.dtype} "
+                "(under torch.autocast they may differ)"
+            )
+    checks.check_mask(mask, hidden.shape[:-1], hidden.device)
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    checks.check_choice("gradient", gradient, GRADIENTS)
+    if checks.check_magnitude("temperature", temperature) == 0:
+        raise ValueError("temperature: expected a number > 0, got 0")
+    checks.check_magnitude("logit_scale", logit_scale)
+    if soft_cap is not None and checks.check_magnitude("soft_cap", soft_cap) == 0:
+        raise ValueError("soft_cap: expected a number > 0 or None, got 0")
+    if chunk_bytes is not None and (isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int)):
+        raise TypeError(f"chunk_bytes: expected an int or None, got {type(chunk_bytes).__name__}")
+    if chunk_bytes is not None and chunk_bytes <= 0:
+        raise ValueError(f"chunk_bytes: expected a number > 0, got {chunk_bytes}")
+
+
+def as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a linear layer's autocast does to its arguments: fp32 and half precision become the autocast's dtype."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _divergence(
+    divergence: str,
+    adv_hidden: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    mask: Tensor | None,
+    reduction: str,
+    gradient: str,
+    temperature: float,
+    logit_scale: float,
+    soft_cap: float | None,
+    gather_rows: bool,
+    chunk_bytes: int | None,
+    backend: str | None,
+) -> Tensor:
+    adv_hidden, hidden, weight, bias = as_autocast(adv_hidden, hidden, weight, bias)
+    check_linear(
+        adv_hidden,
+        hidden,
+        weight,
+        bias,
+        mask,
+        reduction,
+        gradient,
+        temperature,
+        logit_scale,
+        soft_cap,
+        chunk_bytes,
+    )
+    chosen = choose("linear_symmetric_kl", backend, hidden, divergence)
+    leading = hidden.shape[:-1]
+    row_mask = mask_weight(mask, reduction, leading, hidden.dtype)
+    flat_mask = None if row_mask is None else row_mask.reshape(-1)
+    flat = adv_hidden.reshape(-1, hidden.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), weight, bias
+    if chosen == "reference":
+        rows = reference.rows(
+            *flat,
+            flat_mask,
+            divergence=divergence,
+            gradient=gradient,
+            inv_temperature=1.0 / temperature,
+            logit_scale=logit_scale,
+            soft_cap_at=soft_cap,
+        )
+        return reduce_rows(rows.reshape(leading), row_mask, reduction)
+    gather_rows = gather_rows and flat_mask is not None
+    options = (divergence, gradient, 1.0 / temperature, logit_scale, soft_cap, gather_rows, chunk_bytes)
+    if reduction == "none":
+        return _Rows.apply(*flat, flat_mask, options, chosen).reshape(leading)
+    if flat_mask is None:
+        share = torch.full((), 1 / count(reduction, leading), dtype=torch.float32, device=hidden.device)
+        flat_mask = share.expand(flat[1].shape[0])
+    return _Reduced.apply(*flat, flat_mask, options, chosen)
+
+
+def linear_symmetric_kl(
+    adv_hidden: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    gradient: str = "full",
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+    gather_rows: bool = True,
+    chunk_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`alum_kernels.symmetric_kl` of the logits that a linear head makes of two hidden states.
+
+    Equal to ``symmetric_kl(head(adv_hidden), head(hidden))`` with ``head(h) = cap tanh(logit_scale (h W^T + bias) / cap)``
+    (without the tanh if ``soft_cap`` is None), but it never holds (N, V) logits, and keeps the digits that two rounded
+    logits lose: it forms the difference of the logits from the difference of the hidden states (fp32), or from fp32
+    logits of half-precision products. Gradients reach both hidden states, the weight and the bias.
+
+    Args:
+        adv_hidden: (..., H) fp32, bf16, fp16 or fp64 (fp64 on the reference backend), at least one row dimension.
+        hidden: the clean side, same shape, dtype and device.
+        weight: (V, H) of the head, such as ``lm_head.weight``, tied or not; same dtype, except under autocast, which
+            casts all of them as it does for a linear layer.
+        bias: (V,) or None.
+        mask: (...) bool or integers 0 and 1; rows where it is 0 count nowhere, whatever they hold.
+        reduction, gradient, temperature: as in :func:`alum_kernels.symmetric_kl`. ``"none"`` goes through the chunks
+            twice, once in the backward.
+        logit_scale: factor on the logits, bias included.
+        soft_cap: bound of soft-capped logits.
+        gather_rows: leave masked rows out of the products. On CUDA the host then waits for their number; False sends
+            them through, as a captured CUDA graph needs.
+        chunk_bytes: memory for a chunk of logits and their gradients; None takes the environment variable
+            ``ALUM_LINEAR_CHUNK_BYTES`` or, without it, 64 MiB on the CPU and 1 GiB on CUDA. The same chunks give the
+            same bits.
+        backend: ``"reference"`` (which does hold the logits), ``"native"`` or ``"triton"``; None picks the fastest that
+            can serve.
+
+    Returns:
+        fp32 (fp64 for fp64 inputs): a scalar, or (...) for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
+        BackendUnavailableError: ``backend`` cannot serve the call.
+        RuntimeError: differentiated twice on a backend other than the reference.
+
+    Source: the regulariser of Liu et al., arXiv:2004.08994; logits in chunks after Wijmans et al., arXiv:2411.09009.
+
+    Example:
+        >>> import torch
+        >>> from alum_kernels import linear_symmetric_kl, symmetric_kl
+        >>> hidden, weight = torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> adv_hidden = hidden + torch.tensor([[1e-3, 0.0]])
+        >>> fused = linear_symmetric_kl(adv_hidden, hidden, weight)
+        >>> torch.allclose(fused, symmetric_kl(adv_hidden @ weight.T, hidden @ weight.T), rtol=1e-3)
+        True
+    """
+    return _divergence(
+        "symmetric_kl",
+        adv_hidden,
+        hidden,
+        weight,
+        bias,
+        mask=mask,
+        reduction=reduction,
+        gradient=gradient,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        soft_cap=soft_cap,
+        gather_rows=gather_rows,
+        chunk_bytes=chunk_bytes,
+        backend=backend,
+    )
+
+
+def linear_kl(
+    adv_hidden: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    gradient: str = "full",
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+    gather_rows: bool = True,
+    chunk_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`alum_kernels.kl` of the logits of a linear head; arguments as :func:`linear_symmetric_kl`.
+
+    Source: virtual adversarial training, Miyato et al., arXiv:1704.03976 (equation 5).
+    """
+    return _divergence(
+        "kl",
+        adv_hidden,
+        hidden,
+        weight,
+        bias,
+        mask=mask,
+        reduction=reduction,
+        gradient=gradient,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        soft_cap=soft_cap,
+        gather_rows=gather_rows,
+        chunk_bytes=chunk_bytes,
+        backend=backend,
+    )
