@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from alum_kernels.adversarial.heads import POSITIONS
 from alum_kernels.ops.checks import DISTRIBUTIONS, check_choice, check_magnitude
 from alum_kernels.ops.dispatch import BACKENDS
 from alum_kernels.ops.projected_ascent import LEVELS, NORMALIZE, NORMS
@@ -22,6 +23,7 @@ _CHOICES = {
     "ascent_divergence": DIVERGENCES,
     "gradient": GRADIENTS,
     "dropout": DROPOUT,
+    "positions": POSITIONS,
 }
 _MAGNITUDES = ("alpha", "std", "step_size", "epsilon")
 _COUNTS = ("steps", "signal_check_interval", "seed")
@@ -47,6 +49,10 @@ class AdversarialConfig:
         temperature: of both divergences.
         dropout: ``"shared"`` uses the same masks in every pass of a step, ``"independent"`` draws new ones,
             ``"off"`` runs every pass of the step without dropout.
+        positions: of a language model, ``"labelled"`` compares the positions that predict a label, ``"all"`` those that
+            the attention mask keeps.
+        fused_head: True demands that a language model is trained without its logits, on its hidden states, and raises
+            where it cannot be; False forms the logits; None forms them only where it must, and warns why.
         modules: names of the perturbed modules, as in ``model.named_modules()``; empty means the input embeddings
             (of an encoder-decoder: the encoder's).
         backend: of the ops; None picks the fastest that can serve.
@@ -71,6 +77,8 @@ class AdversarialConfig:
     gradient: str = "full"
     temperature: float = 1.0
     dropout: str = "shared"
+    positions: str = "labelled"
+    fused_head: bool | None = None
     modules: tuple[str, ...] = ()
     backend: str | None = None
     seed: int = 0
@@ -92,6 +100,8 @@ class AdversarialConfig:
                 raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
             if value < 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        if self.fused_head not in (None, True, False):
+            raise TypeError(f"fused_head: expected True, False or None, got {self.fused_head!r}")
         if isinstance(self.modules, str):
             raise TypeError("modules: expected a sequence of module names, got one string")
         object.__setattr__(self, "modules", tuple(self.modules))

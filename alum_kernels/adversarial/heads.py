@@ -11,7 +11,12 @@ from alum_kernels.ops.checks import check_choice
 from alum_kernels.ops.squared_error import squared_error
 from alum_kernels.ops.symmetric_kl import js, kl, symmetric_kl, symmetric_kl_grad
 
-HEADS = ("classification", "regression", "masked_lm")
+HEADS = ("classification", "regression", "masked_lm", "causal_lm", "pretraining")
+TOKEN_HEADS = ("masked_lm", "causal_lm")
+"""Heads that predict a token at each position."""
+
+POSITIONS = ("labelled", "all")
+
 LABEL_KEYS = ("labels", "label", "label_ids", "next_sentence_label", "num_items_in_batch")
 """Entries of a batch that only the task's loss reads; the perturbed passes go without them."""
 
@@ -24,40 +29,64 @@ _DIVERGENCES = {"symmetric_kl": symmetric_kl, "kl": kl, "js": js}
 class Head:
     """How two predictions of one head are compared.
 
-    ``classification`` compares (B, V) logits row by row, ``regression`` squared differences, ``masked_lm`` (B, S, V)
-    logits at the labelled positions.
+    ``classification`` compares (B, V) logits row by row, ``regression`` squared differences, ``masked_lm`` and
+    ``causal_lm`` (B, S, V) logits at the positions that predict a label. ``pretraining`` is BERT's two heads: masked
+    tokens, and whether two segments belong together; their divergences are added.
+
+    Attributes:
+        name: one of ``HEADS``.
+        field: where a model's output has the logits.
     """
 
     name: str
+    field: str = "logits"
 
     def __post_init__(self) -> None:
         check_choice("head", self.name, HEADS)
+
+    @property
+    def parts(self) -> tuple["Head", ...]:
+        """The heads that are compared one by one."""
+        if self.name == "pretraining":
+            return Head("masked_lm", "prediction_logits"), Head("classification", "seq_relationship_logits")
+        return (self,)
 
     def logits(self, outputs: Any) -> Tensor:
         """The predictions in what a model returned: an object or mapping with ``logits``, or a tensor."""
         if isinstance(outputs, Tensor):
             found = outputs
         elif isinstance(outputs, Mapping):
-            found = outputs.get("logits")
+            found = outputs.get(self.field)
         else:
-            found = getattr(outputs, "logits", None)
+            found = getattr(outputs, self.field, None)
         if not isinstance(found, Tensor):
-            raise TypeError(f"model: expected a tensor or an output with 'logits', got {type(outputs).__name__}")
-        expected = 3 if self.name == "masked_lm" else 2
+            raise TypeError(f"model: expected a tensor or an output with {self.field!r}, got {type(outputs).__name__}")
+        expected = 3 if self.name in TOKEN_HEADS else 2
         if found.dim() != expected:
             raise ValueError(f"model: expected {expected}-d logits for a {self.name} head, got {tuple(found.shape)}")
         return found
 
-    def row_mask(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """Rows that are compared: all, or the labelled positions of a masked-LM batch."""
-        if self.name != "masked_lm":
-            return None
+    def labels(self, batch: Mapping[str, Any]) -> Tensor:
+        """(B, S) labels of the token that each position predicts, ``IGNORED_LABEL`` where there is none."""
         labels = batch.get("labels")
-        if not isinstance(labels, Tensor):
+        if not isinstance(labels, Tensor) or labels.dim() != 2:
             raise ValueError(
-                "batch: expected 'labels' (B, S) for a masked_lm head, whose labelled positions are compared"
+                f"batch: expected 'labels' (B, S) for a {self.name} head, whose labelled positions are compared"
             )
-        return labels != IGNORED_LABEL
+        if self.name == "masked_lm":
+            return labels
+        shifted = torch.full_like(labels, IGNORED_LABEL)
+        shifted[:, :-1] = labels[:, 1:]
+        return shifted
+
+    def row_mask(self, batch: Mapping[str, Any], positions: str = "labelled") -> Tensor | None:
+        """Rows that are compared, None for all: of a token head the labelled positions, or those not of padding."""
+        if self.name not in TOKEN_HEADS:
+            return None
+        if positions == "labelled":
+            return self.labels(batch) != IGNORED_LABEL
+        mask = batch.get("attention_mask")
+        return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def divergence(
         self,
@@ -69,13 +98,20 @@ class Head:
         gradient: str,
         temperature: float,
         backend: str | None,
+        reduction: str = "mean",
     ) -> Tensor:
-        """Mean over the compared rows, differentiable."""
+        """Mean (or sum) over the compared rows, differentiable."""
         if self.name == "regression":
             convention = "detach_clean" if gradient == "detach_clean" else "full"
-            return squared_error(adv_logits, logits, mask=mask, gradient=convention)
+            return squared_error(adv_logits, logits, mask=mask, gradient=convention, reduction=reduction)
         return _DIVERGENCES[divergence](
-            adv_logits, logits, mask=mask, gradient=gradient, temperature=temperature, backend=backend
+            adv_logits,
+            logits,
+            mask=mask,
+            reduction=reduction,
+            gradient=gradient,
+            temperature=temperature,
+            backend=backend,
         )
 
     def divergence_and_gradient(
@@ -119,6 +155,10 @@ def detect_head(model: nn.Module) -> Head:
     config = getattr(model, "config", None)
     if name.endswith("ForMaskedLM"):
         return Head("masked_lm")
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return Head("causal_lm")
+    if name.endswith("BertForPreTraining"):
+        return Head("pretraining")
     if name.endswith("ForSequenceClassification"):
         problem = getattr(config, "problem_type", None)
         if problem == "multi_label_classification":

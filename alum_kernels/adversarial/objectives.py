@@ -3,13 +3,16 @@
     clean pass        the task's loss and logits; each perturbed module's output e is kept
     ascent, K times   x = e + delta as a leaf; g = d divergence / d x alone, no parameter gradient
     final pass        e + Pi(delta + step normalise(g)) inside the model, so that e's gradient reaches the embeddings
-    loss              task loss + alpha divergence(final logits, clean logits)
+    loss              task loss + alpha divergence(final prediction, clean prediction)
+
+A language model's predictions are compared without its logits where its head allows it (``linear_head.py``).
 
 Clean and adversarial branches meet in one loss and one backward. With K = 1, delta_0 is never stored: the ascent draws
 it again from the seed.
 """
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
-from alum_kernels.adversarial.heads import LABEL_KEYS, Head, detect_head
+from alum_kernels.adversarial.heads import LABEL_KEYS, TOKEN_HEADS, Head, detect_head
 from alum_kernels.adversarial.hooks import (
     PerturbationHooks,
     RandomState,
@@ -28,12 +31,17 @@ from alum_kernels.adversarial.hooks import (
     perturbed_modules,
     unwrap,
 )
+from alum_kernels.adversarial.linear_head import Captured, LinearHead, find_linear_head
+from alum_kernels.adversarial.passes import LinearPasses, LogitPasses, Passes, without_logits
 from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
+from alum_kernels.adversarial.predictions import (
+    LINEAR_DIVERGENCES,
+    Prediction,
+    divergence_sum,
+    mean_divergence,
+    sum_and_gradients,
+)
 from alum_kernels.adversarial.telemetry import Telemetry
-
-FP16_GRAD_SCALE = 2.0**10
-"""Factor on the inner gradient of fp16 logits, taken out again exactly: p - q at 1e-5 would be subnormal in fp16. The
-gradient itself may be as large as 63."""
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 CleanPass = Callable[[], tuple[Tensor, Any]]
@@ -57,10 +65,19 @@ class AdversarialOutput:
 
     @property
     def logits(self) -> Tensor:
-        """Logits of the clean pass."""
+        """Logits of the clean pass.
+
+        Raises:
+            ValueError: none were formed.
+        """
         if isinstance(self.outputs, Tensor):
             return self.outputs
-        return self.outputs["logits"] if isinstance(self.outputs, Mapping) else self.outputs.logits
+        found = self.outputs["logits"] if isinstance(self.outputs, Mapping) else self.outputs.logits
+        if found is None:
+            raise ValueError(
+                "logits: none are formed where a linear head is fused; AdversarialConfig(fused_head=False) forms them"
+            )
+        return found
 
 
 class AdversarialObjective:
@@ -69,11 +86,17 @@ class AdversarialObjective:
     Args:
         model: a module called as ``model(**batch)``; ``DistributedDataParallel`` around it is seen through.
         config: the method and its constants.
-        head: ``"classification"``, ``"regression"`` or ``"masked_lm"``; None recognises it from the model's class.
-        loss: ``loss(outputs, batch)`` of the task; None takes ``outputs.loss``, which the model computes from labels.
+        head: ``"classification"``, ``"regression"``, ``"masked_lm"``, ``"causal_lm"`` or ``"pretraining"``; None
+            recognises it from the model's class.
+        loss: ``loss(outputs, batch)`` of the task; None takes ``outputs.loss``, which the model computes from labels,
+            or the same cross-entropy without the logits.
+
+    A language model whose head is one linear projection is trained without its logits, on the hidden states of the
+    compared rows, and a hook on the model sees the logits of a few classes only; where that is not possible it goes
+    through the logits, and a warning says why. ``config.fused_head`` decides otherwise.
 
     Raises:
-        ValueError: no head or no input embeddings are recognised.
+        ValueError: no head or no input embeddings are recognised, or a fused head was demanded and cannot be.
 
     Example:
         >>> import torch
@@ -113,6 +136,9 @@ class AdversarialObjective:
         self._generator_state: Tensor | None = None
         self._constants = DeviceConstants(config)
         self._steps = 0
+        self.linear_head: LinearHead | None = None
+        self._linear_head_seen = False
+        self._find_linear_head()
 
     def __call__(self, **batch: Any) -> AdversarialOutput:
         """The loss of one batch, with a fresh draw of noise; call ``.loss.backward()`` on the result."""
@@ -161,25 +187,23 @@ class AdversarialObjective:
             RuntimeError: a perturbed module did not run exactly once in the clean pass.
         """
         with dropout_off(self.model) if self.config.dropout == "off" else nullcontext():
-            return self._forward(batch, clean_pass or (lambda: self._run_task(batch)), seed, sample_offset)
+            return self._forward(batch, clean_pass, seed, sample_offset)
 
     def _forward(
-        self, batch: Mapping[str, Any], clean_pass: CleanPass, seed: Tensor | None, sample_offset: int
+        self, batch: Mapping[str, Any], clean_pass: CleanPass | None, seed: Tensor | None, sample_offset: int
     ) -> AdversarialOutput:
-        config, head = self.config, self.head
+        config = self.config
         device = device_of(unwrap(self.model))
         random = RandomState(device) if config.dropout == "shared" else None
-        with self._hooks.recording() as embeds:
-            task_loss, outputs = clean_pass()
-        logits = head.logits(outputs)
-        mask = head.row_mask(batch)
         inputs = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+        with self._hooks.recording() as embeds:
+            task_loss, outputs, passes, clean = self._clean_pass(batch, inputs, clean_pass)
 
-        def perturbed_pass(model: nn.Module, replace: Callable[[int, Tensor], Tensor | None]) -> Tensor:
+        def perturbed_pass(model: nn.Module, replace: Callable[[int, Tensor], Tensor | None]) -> list[Prediction]:
             if random is not None:
                 random.restore()
             with self._hooks.replacing(replace):
-                return head.logits(model(**inputs))
+                return passes.run(lambda: model(**inputs))[1]
 
         perturbation = Perturbation(
             config,
@@ -190,41 +214,33 @@ class AdversarialObjective:
             sample_offset,
         )
         start: Tensor | None = None
+        fixed = [part.detached() for part in clean]
+        if config.steps > 1:
+            fixed = [part.with_products() for part in fixed]
         for _ in range(config.steps):
             leaves = perturbation.leaves()
             with torch.enable_grad():
-                adv_logits = perturbed_pass(
-                    unwrap(self.model), lambda index, output, leaves=leaves: leaves[index].clone()
-                )
-            total, grads = self._ascent_gradient(adv_logits, logits.detach(), mask, leaves)
+                adv = perturbed_pass(unwrap(self.model), lambda index, output, leaves=leaves: leaves[index].clone())
+            total, grads = self._ascent_gradient(adv, fixed, leaves)
             perturbation.climb(grads)
             start = total if start is None else start
 
         self._steps += 1
         check_signal = config.signal_check_interval > 0 and self._steps % config.signal_check_interval == 0
-        adv_logits = perturbed_pass(
+        adv = perturbed_pass(
             self.model, partial(perturbation.final, telemetry=config.telemetry, keep_delta=check_signal)
         )
-        divergence = head.divergence(
-            adv_logits,
-            logits,
-            mask,
-            divergence=config.divergence,
-            gradient=config.gradient,
-            temperature=config.temperature,
-            backend=config.backend,
-        )
+        divergence = mean_divergence(adv, clean, config)
         if config.telemetry:
-            rows = adv_logits.shape[:-1].numel() if mask is None else mask.sum()
-            climbed = {} if start is None else {"start": start, "end": divergence * rows}
-            if climbed and config.ascent_divergence != config.divergence:
-                climbed["end"], _ = self._divergence_sum(adv_logits, logits, mask, divergence=config.ascent_divergence)
+            climbed = {}
+            if start is not None:
+                climbed = {"start": start, "end": self._sum_of(adv, clean, divergence)}
             steps = torch.ones_like(divergence)
             self.telemetry.add(divergence=divergence, steps=steps, **climbed, **perturbation.figures())
         if check_signal:
             with torch.no_grad():
-                half_logits = perturbed_pass(unwrap(self.model), perturbation.halved)
-            at_full, at_half = (self._divergence_sum(side, logits, mask)[0] for side in (adv_logits, half_logits))
+                half = perturbed_pass(unwrap(self.model), perturbation.halved)
+            at_full, at_half = (divergence_sum(side, fixed, config, config.divergence) for side in (adv, half))
             self.telemetry.add(signal_full=at_full, signal_half=at_half)
         return AdversarialOutput(
             loss=task_loss + config.alpha * divergence,
@@ -232,6 +248,59 @@ class AdversarialObjective:
             divergence=divergence.detach(),
             outputs=outputs,
         )
+
+    def _clean_pass(
+        self, batch: Mapping[str, Any], inputs: Mapping[str, Any], clean_pass: CleanPass | None
+    ) -> tuple[Tensor, Any, Passes, list[Prediction]]:
+        """Task loss, model outputs, how this batch's passes are read, and the clean predictions."""
+        if clean_pass is None and self.linear_head is not None:
+            passes = LinearPasses(self.head, batch, self.config.positions, self.linear_head)
+            outputs, captured = passes.capture(lambda: self.model(**inputs))
+            if self._linear_head_seen or self._accepts(passes, outputs, captured):
+                task_loss = passes.task_loss(outputs, captured)
+                return task_loss, without_logits(outputs, self.head), passes, passes.read(outputs, captured)
+            self._hooks.restart()
+        passes = LogitPasses(self.head, batch, self.config.positions)
+        task_loss, outputs = (clean_pass or (lambda: self._run_task(batch)))()
+        return task_loss, outputs, passes, passes.read(outputs)
+
+    def _find_linear_head(self) -> None:
+        config = self.config
+        if config.fused_head is False or not any(part.name in TOKEN_HEADS for part in self.head.parts):
+            return
+        if self._loss is not None:
+            found = "its task loss is the caller's, of the logits"
+        elif not {config.divergence, config.ascent_divergence} <= set(LINEAR_DIVERGENCES):
+            found = f"there is no fused {'js' if config.divergence == 'js' else config.ascent_divergence}"
+        else:
+            found = find_linear_head(unwrap(self.model))
+        if isinstance(found, str):
+            return self._refuse_linear_head(found)
+        self.linear_head = found
+
+    def _accepts(self, passes: LinearPasses, outputs: Any, captured: Captured) -> bool:
+        """Whether the head found is what the model computes; asked of its first pass."""
+        mismatch = self.linear_head.mismatch(captured, passes.token_logits(outputs))
+        if mismatch is not None:
+            self._refuse_linear_head(mismatch)
+        self._linear_head_seen = mismatch is None
+        return self._linear_head_seen
+
+    def _refuse_linear_head(self, reason: str) -> None:
+        self.linear_head = None
+        name = type(unwrap(self.model)).__name__
+        if self.config.fused_head:
+            raise ValueError(f"fused_head: {name} cannot be trained without its logits: {reason}")
+        warnings.warn(
+            f"{name} is trained through its logits (AdversarialConfig(fused_head=False) says so too): {reason}",
+            stacklevel=4,
+        )
+
+    def _sum_of(self, adv: list[Prediction], clean: list[Prediction], divergence: Tensor) -> Tensor:
+        """The divergence that the ascent climbed, summed over compared rows."""
+        if len(clean) == 1 and self.config.ascent_divergence == self.config.divergence:
+            return divergence * clean[0].rows()
+        return divergence_sum(adv, [part.detached() for part in clean], self.config, self.config.ascent_divergence)
 
     def draw_seed(self, device: torch.device | None = None) -> Tensor:
         """The next seed of the noise, a one-element int64 tensor on ``device`` (the model's, if None)."""
@@ -271,38 +340,14 @@ class AdversarialObjective:
         return loss, outputs
 
     def _ascent_gradient(
-        self, adv_logits: Tensor, logits: Tensor, mask: Tensor | None, leaves: list[Tensor]
+        self, adv: Sequence[Prediction], clean: Sequence[Prediction], leaves: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The summed inner divergence and its gradient to each leaf; no parameter receives one."""
-        grad_scale = FP16_GRAD_SCALE if adv_logits.dtype == torch.float16 else 1.0
-        total, grad_logits = self._divergence_sum(
-            adv_logits, logits, mask, divergence=self.config.ascent_divergence, grad_scale=grad_scale
-        )
-        grads = torch.autograd.grad(adv_logits, leaves, grad_outputs=grad_logits, allow_unused=True)
+        total, grads = sum_and_gradients(adv, clean, leaves, self.config, self.config.ascent_divergence)
         for name, grad in zip(self._hooks.names, grads, strict=True):
             if grad is None:
                 raise ValueError(
                     f"modules: the predictions do not depend on the perturbed output of {name}; "
                     "a module that another perturbed module replaces cannot be perturbed as well"
                 )
-        return total, [grad if grad_scale == 1.0 else grad.float() / grad_scale for grad in grads]
-
-    def _divergence_sum(
-        self,
-        adv_logits: Tensor,
-        logits: Tensor,
-        mask: Tensor | None,
-        *,
-        divergence: str | None = None,
-        grad_scale: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
-        """Sum over the compared rows, by default of the training divergence, and its gradient to ``adv_logits``."""
-        return self.head.divergence_and_gradient(
-            adv_logits,
-            logits,
-            mask,
-            divergence=self.config.divergence if divergence is None else divergence,
-            temperature=self.config.temperature,
-            grad_scale=grad_scale,
-            backend=self.config.backend,
-        )
+        return total, grads

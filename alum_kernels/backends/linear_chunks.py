@@ -8,8 +8,8 @@ For C rows of hidden states h and h_adv under a head W (V, H), three stacked pro
     3   dW += [S; G_a]^T [h; h_adv - h]      (V, H) fp32
 
 The difference of the logits is no difference of two rounded products where fp32 allows it, and the two gradients are
-never added after rounding: at a perturbation of 1e-5 that costs 1 % of d h and 6 % of dW. Where only the adversarial side
-is wanted, S, half of each product and dW are left out. At most one chunk of logits exists at a time.
+never added after rounding: at a perturbation of 1e-5 that costs 1 % of d h and 6 % of dW. Where only the adversarial
+side is wanted, S, half of each product and dW are left out. At most one chunk of logits exists at a time.
 
     differences   fp32 products, of fp32 inputs on any device and of every input on the CPU (half precision is widened)
     sides         half-precision products with fp32 output (``out_dtype``), of half-precision inputs on CUDA

@@ -299,9 +299,9 @@ def linear_symmetric_kl(
 ) -> Tensor:
     """:func:`alum_kernels.symmetric_kl` of the logits that a linear head makes of two hidden states.
 
-    Equal to ``symmetric_kl(head(adv_hidden), head(hidden))`` with ``head(h) = cap tanh(logit_scale (h W^T + bias) / cap)``
-    (without the tanh if ``soft_cap`` is None), but it never holds (N, V) logits, and keeps the digits that two rounded
-    logits lose: it forms the difference of the logits from the difference of the hidden states (fp32), or from fp32
+    Equal to ``symmetric_kl(head(adv_hidden), head(hidden))`` with ``head(h) = cap tanh(logit_scale (h W^T + bias) /
+    cap)``, without the tanh if ``soft_cap`` is None. But it never holds (N, V) logits, and keeps the digits that two
+    rounded logits lose: it forms the difference of the logits from the difference of the hidden states (fp32), or from fp32
     logits of half-precision products. Gradients reach both hidden states, the weight and the bias.
 
     Args:

@@ -3,7 +3,7 @@
     b = h W^T + bias        a - b = (h_adv - h) W^T        rows as in ``symmetric_kl.py`` beside this
     d h_adv = G_a W         d h = (S - G_a) W              dW = S^T h + G_a^T (h_adv - h)         S = G_a + G_b
 
-Differentiable twice, float64 for float64 inputs; it holds all logits at once. The oracle of the kernels of the same name.
+Differentiable twice, float64 for float64 inputs; it holds all logits at once. The oracle of the kernels of that name.
 """
 
 import torch

@@ -1,0 +1,136 @@
+"""What one pass of a model predicted, and the divergence between two passes, through logits or a linear head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.heads import Head
+from alum_kernels.adversarial.linear_head import Captured, LinearHead
+from alum_kernels.ops.linear_ascent import linear_products, linear_symmetric_kl_grad
+from alum_kernels.ops.linear_symmetric_kl import linear_kl, linear_symmetric_kl
+
+FP16_GRAD_SCALE = 2.0**10
+"""Factor on the inner gradient of fp16 predictions, taken out again exactly: p - q at 1e-5 would be subnormal in fp16.
+The gradient itself may be as large as 63."""
+
+_LINEAR_DIVERGENCES = {"symmetric_kl": linear_symmetric_kl, "kl": linear_kl}
+LINEAR_DIVERGENCES = tuple(_LINEAR_DIVERGENCES)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One head's prediction in one pass.
+
+    Attributes:
+        head: how it is compared.
+        values: logits (..., V); or, with ``linear``, the hidden states (N, H) of the compared rows.
+        mask: which rows of logits are compared, None for all.
+        linear: the projection that would turn hidden states into logits.
+        captured: what that projection was given.
+        products: of the clean side: its products with the projection, where they are kept over an ascent.
+    """
+
+    head: Head
+    values: Tensor
+    mask: Tensor | None = None
+    linear: LinearHead | None = None
+    captured: Captured | None = None
+    products: Tensor | None = None
+
+    def detached(self) -> "Prediction":
+        return replace(self, values=self.values.detach())
+
+    def with_products(self) -> "Prediction":
+        """The same with the clean products kept, where they fit the budget of a chunk."""
+        if self.linear is None:
+            return self
+        with self.linear.autocast(self.captured):
+            return replace(self, products=linear_products(self.values, self.linear.projection.weight))
+
+    def rows(self) -> Tensor | int:
+        """How many rows are compared."""
+        return self.values.shape[:-1].numel() if self.mask is None else self.mask.sum()
+
+
+def mean_divergence(adv: Sequence[Prediction], clean: Sequence[Prediction], config: AdversarialConfig) -> Tensor:
+    """The divergence of each head, the mean over its compared rows, added up; differentiable."""
+    pairs = zip(adv, clean, strict=True)
+    return torch.stack([_reduced(a, c, config, config.divergence, "mean") for a, c in pairs]).sum()
+
+
+def _reduced(adv: Prediction, clean: Prediction, config: AdversarialConfig, divergence: str, reduction: str) -> Tensor:
+    options = {
+        "reduction": reduction,
+        "gradient": config.gradient,
+        "temperature": config.temperature,
+        "backend": config.backend,
+    }
+    if adv.linear is None:
+        return adv.head.divergence(adv.values, clean.values, clean.mask, divergence=divergence, **options)
+    head = adv.linear
+    with head.autocast(adv.captured):
+        return _LINEAR_DIVERGENCES[divergence](
+            adv.values,
+            clean.values,
+            head.projection.weight,
+            head.projection.bias,
+            logit_scale=head.logit_scale,
+            soft_cap=head.soft_cap,
+            **options,
+        )
+
+
+def divergence_sum(
+    adv: Sequence[Prediction], clean: Sequence[Prediction], config: AdversarialConfig, divergence: str
+) -> Tensor:
+    """The divergence of each head, summed over compared rows and heads; no graph."""
+    with torch.no_grad():
+        return torch.stack([_reduced(a, c, config, divergence, "sum") for a, c in zip(adv, clean, strict=True)]).sum()
+
+
+def sum_and_gradients(
+    adv: Sequence[Prediction],
+    clean: Sequence[Prediction],
+    inputs: Sequence[Tensor],
+    config: AdversarialConfig,
+    divergence: str,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The summed divergence and its gradient to ``inputs`` through the adversarial pass; no parameter gets one.
+
+    Gradients of fp16 passes are fp32, with the factor that kept them apart from zero taken out.
+    """
+    scale = FP16_GRAD_SCALE if any(a.values.dtype == torch.float16 for a in adv) else 1.0
+    sums, grad_values = zip(
+        *(_sum(a, c, config, divergence, scale) for a, c in zip(adv, clean, strict=True)), strict=True
+    )
+    grads = torch.autograd.grad([a.values for a in adv], inputs, grad_outputs=grad_values, allow_unused=True)
+    if scale != 1.0:
+        grads = [None if grad is None else grad.float() / scale for grad in grads]
+    return torch.stack(sums).sum(), list(grads)
+
+
+def _sum(
+    adv: Prediction, clean: Prediction, config: AdversarialConfig, divergence: str, grad_scale: float
+) -> tuple[Tensor, Tensor]:
+    options = {"divergence": divergence, "temperature": config.temperature, "backend": config.backend}
+    if adv.linear is None:
+        return adv.head.divergence_and_gradient(
+            adv.values, clean.values.detach(), clean.mask, grad_scale=grad_scale, **options
+        )
+    head = adv.linear
+    with head.autocast(adv.captured):
+        total, gradient = linear_symmetric_kl_grad(
+            adv.values,
+            clean.values,
+            head.projection.weight,
+            head.projection.bias,
+            reduction="sum",
+            logit_scale=head.logit_scale,
+            soft_cap=head.soft_cap,
+            clean_products=clean.products,
+            **options,
+        )
+    return total, (gradient * grad_scale).to(adv.values.dtype)
