@@ -44,13 +44,13 @@ class ProgressiveMaskingCollator(DataCollatorForLanguageModeling):
     - With a ``seed``, they are a function of the seed, the epoch, the share and the tokens of the padded batch.
       Workers, prefetching, resuming and what else draws random numbers do not change them. A batch that comes twice in
       an epoch has the same masks twice.
-    - Without one, they come from the process's own generator (torch's; numpy's for ``return_tensors="np"``). A resumed
-      Trainer restores it only after the first optimizer step's micro-batches and one more have been collated: their
-      masks differ from those of an uninterrupted run, later ones agree. With workers, whose seeds are drawn when an
-      epoch begins, they differ until the next epoch.
+    - Without one, they come from the process's own generator (torch's; numpy's for ``return_tensors="np"``). A Trainer
+      resumed at the beginning of an epoch draws them as an uninterrupted one does. Resumed within an epoch it does not:
+      it restores the generator when the first batches have been collated already.
 
     Either way, a run resumed from a checkpoint has the shares of an uninterrupted one, but for the batches that the
-    latter had collated before the checkpoint: should a share begin there, only the resumed run has it on time.
+    latter had collated before the checkpoint: should a share begin there, only the resumed run has it on time. With
+    workers, when within that lead a batch is collated is a matter of chance, and so is its share where two shares meet.
 
     The Trainer evaluates with the same collator, hence at the present share.
 
@@ -241,11 +241,8 @@ class MaskingProgressCallback(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._publish(state)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._publish(state)
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # the next step's batches are collated before it begins
+        # on_step_begin is too late: the step's batches have been collated by then
         self._publish(state)
 
     def _publish(self, state: Any) -> None:

@@ -47,7 +47,8 @@ class NextSentencePairs(Dataset):
 
     Args:
         documents: each a sequence of sentences, as strings; two documents or more, one of them with two sentences or
-            more. Sentences and documents that hold no tokens are left out.
+            more. Sentences and documents that hold no tokens are left out. Tokens of sentences are joined as they are:
+            a tokenizer that marks spaces, as BERT's does not, needs sentences that begin with theirs.
         tokenizer: as well as the tokens, it says which special tokens and token types go with a pair.
         max_length: tokens of a pair at most, special tokens included.
         short_share: share of the pairs that are planned for a random smaller length.
