@@ -238,9 +238,6 @@ class MaskingProgressCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._publish(state)
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._publish(state)
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # on_step_begin is too late: the step's batches have been collated by then
         self._publish(state)
