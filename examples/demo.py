@@ -117,7 +117,7 @@ def pre_train(
 
     size, steps, device = chosen.batch_size, chosen.pretraining_steps, torch.device(chosen.device)
     batches, held_out = training.masked_lm_batches(
-        tokenizer, paragraphs, size=size, length=chosen.length, seed=chosen.seed
+        tokenizer, paragraphs, size=size, length=chosen.length, seed=chosen.seed, steps=2 * steps
     )
     if len(batches) < 2 * steps:
         raise corpora.CorpusError(

@@ -113,10 +113,14 @@ def take(batches: Iterable[Batch], count: int) -> list[Batch]:
 
 
 def masked_lm_batches(
-    tokenizer, paragraphs: Sequence[str], *, size: int, length: int, seed: int
+    tokenizer, paragraphs: Sequence[str], *, size: int, length: int, seed: int, steps: int | None = None
 ) -> tuple[list[Batch], list[Batch]]:
-    """Batches of blocks of ``length`` tokens with 15 % of them to be predicted: for training, and a tenth held out."""
-    from transformers import DataCollatorForLanguageModeling
+    """Batches of blocks of ``length`` tokens: for training, and a tenth held out.
+
+    The share of the tokens that is to be predicted rises as in ALUM's pre-training, over ``steps`` batches (all, if not
+    given), and is 15 % in held-out text.
+    """
+    from alum_kernels.integrations.masking import ProgressiveMaskingCollator
 
     tokens = tokenizer(list(paragraphs), add_special_tokens=False, return_attention_mask=False)["input_ids"]
     stream = [token for paragraph in tokens for token in (*paragraph, tokenizer.sep_token_id)]
@@ -126,10 +130,15 @@ def masked_lm_batches(
         for start in range(0, len(stream) - inside, inside)
     ]
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, seed=seed)
-    batches = [
-        dict(collate([{"input_ids": blocks[index]} for index in order[start : start + size]]))
+    samples = [
+        [{"input_ids": blocks[index]} for index in order[start : start + size]]
         for start in range(0, len(order) - size + 1, size)
     ]
-    held_out = max(1, len(batches) // 10)
-    return batches[held_out:], batches[:held_out]
+    held_out = max(1, len(samples) // 10)
+    collate = ProgressiveMaskingCollator(tokenizer, seed=seed)
+    collate_held_out = ProgressiveMaskingCollator(tokenizer, (0.15,), seed=seed)
+    batches = []
+    for step, rows in enumerate(samples[held_out:]):
+        collate.set_progress(step, steps or len(samples) - held_out)
+        batches.append(dict(collate(rows)))
+    return batches, [dict(collate_held_out(rows)) for rows in samples[:held_out]]

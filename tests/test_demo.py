@@ -116,6 +116,17 @@ def test_batches_cover_the_texts(tokenizer):
     assert 0.1 < share < 0.2
 
 
+def test_the_masked_share_rises_over_the_steps_that_are_trained(tokenizer):
+    train, held_out = masked_lm_batches(tokenizer, ["some words here " * 20] * 200, size=4, length=64, seed=0, steps=10)
+
+    def share(batches) -> float:
+        return float(torch.cat([batch["labels"] != -100 for batch in batches]).float().mean())
+
+    assert share(train[:2]) < 0.09
+    assert share(train[8:]) > 0.2
+    assert 0.1 < share(held_out) < 0.2
+
+
 def test_table_and_page_are_made_from_the_runs(tmp_path):
     standard = Run("task", "standard", [0, 1], [2.0, 1.0], [9.0, 0.1], figures={"accuracy": 0.5})
     ours = Run("task", "<ours>", [0, 1], [2.0, 1.0], [9.0, 0.25], [{"step": 1, "ascent_gain": 40.0}])

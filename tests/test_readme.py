@@ -11,8 +11,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_there_is_an_example_of_each_use():
-    assert len(BLOCKS) == 3
-    for word, block in zip(("noise_init", "AdversarialObjective", "Trainer"), BLOCKS, strict=True):
+    words = ("noise_init", "AdversarialObjective", "Trainer", "ProgressiveMaskingCollator")
+    assert len(BLOCKS) == len(words)
+    for word, block in zip(words, BLOCKS, strict=True):
         assert word in block
 
 
@@ -52,3 +53,16 @@ def test_trainer_example(classifier, tmp_path):
     logged = [entry for entry in names["trainer"].state.log_history if "loss" in entry]
     assert len(logged) == 2
     assert all(any("ascent_gain" in name for name in entry) for entry in logged)
+
+
+def test_pre_training_example():
+    transformers = pytest.importorskip("transformers")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+    tokenizer = transformers.BertTokenizer(vocab={word: index for index, word in enumerate(vocabulary)})
+    names = {"documents": [["a b c", "d e"] * 50, ["f g h", "a h"] * 50], "tokenizer": tokenizer}
+    exec(BLOCKS[3], names)
+    state = transformers.TrainerState(global_step=9, max_steps=10)
+    names["progress"].on_step_end(None, state, None)
+    labels = names["collate"](list(names["pairs"]))["labels"]
+    assert names["collate"].share == 0.25
+    assert 0 < labels.ne(-100).float().mean() < 0.5
