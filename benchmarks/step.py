@@ -12,7 +12,10 @@ batch is random words of random lengths between half and all of ``--length``.
     naive             benchmarks/naive_step.py; on the masked LM, compared at all positions
     naive, labelled   the same, compared at labelled positions only
     smart-pytorch     the package's loss around the same passes, where it is installed
-    ours              AdversarialObjective(model, AdversarialConfig.alum_finetuning()).backward(batch)
+    ours              AdversarialObjective(model, AdversarialConfig.alum_finetuning()).backward(batch); on the masked
+                      LM, compared at labelled positions, without logits
+    ours, all         the same with positions="all": at every position that is not padding (--full-length: at all)
+    ours, logits      the same at labelled positions with fused_head=False
 
 Floating-point operations alone put the adversarial step at 8/3 = 2.67 standard steps.
 """
@@ -72,10 +75,12 @@ def make_model(task: str, folder: Path | None, device: torch.device) -> nn.Modul
     return model.to(device).train()
 
 
-def make_batch(task: str, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
-    """Random words; padding at the end of each sequence."""
+def make_batch(
+    task: str, batch: int, length: int, device: torch.device, *, full_length: bool = False
+) -> dict[str, Tensor]:
+    """Random words; padding at the end of each sequence, unless ``full_length``."""
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(length // 2, length + 1, (batch, 1), generator=generator)
+    lengths = torch.randint(length if full_length else length // 2, length + 1, (batch, 1), generator=generator)
     attention_mask = (torch.arange(length) < lengths).long()
     input_ids = torch.randint(FIRST_WORD, MINILM["vocab_size"], (batch, length), generator=generator) * attention_mask
     if task == "classification":
@@ -90,7 +95,11 @@ def make_batch(task: str, batch: int, length: int, device: torch.device) -> dict
 def make_steps(task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Call]:
     """The steps of the table, all on one model."""
     config = AdversarialConfig.alum_finetuning()
-    objective = AdversarialObjective(model, config)
+    ours = {"ours": config}
+    if task == "masked_lm":
+        ours["ours, all"] = config.replace(positions="all")
+        ours["ours, logits"] = config.replace(fused_head=False)
+    objectives = {name: AdversarialObjective(model, changed) for name, changed in ours.items()}
     constants = {
         "alpha": config.alpha, "std": config.std, "step_size": config.step_size, "epsilon": config.epsilon,
     }  # fmt: skip
@@ -103,7 +112,8 @@ def make_steps(task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> dict
         steps["naive, labelled"] = lambda: naive_adversarial_step(model, batch, labelled_positions, **constants)
     elif importlib.util.find_spec("smart_pytorch") is not None:
         steps["smart-pytorch"] = lambda: smart_pytorch_step(model, batch, rows, alpha=config.alpha)
-    steps["ours"] = lambda: objective.backward(batch)
+    for name, objective in objectives.items():
+        steps[name] = lambda objective=objective: objective.backward(batch)
 
     def whole(step: Call) -> Call:
         def call() -> object:
@@ -118,7 +128,7 @@ def make_steps(task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> dict
 def run_task(task: str, options: argparse.Namespace, folder: Path | None, device: torch.device) -> list[dict[str, Any]]:
     """Measure and print one task."""
     model = make_model(task, folder, device)
-    batch = make_batch(task, options.batch, options.length, device)
+    batch = make_batch(task, options.batch, options.length, device, full_length=options.full_length)
     steps = make_steps(task, model, batch)
     timings = measure(steps, device=device, rounds=options.rounds, warmup=2)
     labelled = int((batch["labels"] != IGNORED_LABEL).sum())
@@ -148,6 +158,7 @@ def run_task(task: str, options: argparse.Namespace, folder: Path | None, device
                 "step": name,
                 "batch": options.batch,
                 "length": options.length,
+                "full_length": options.full_length,
                 "labels": labelled,
                 "timing": timing.to_dict(),
                 "of_standard": overhead,
@@ -164,6 +175,7 @@ def main() -> int:
     parser.add_argument("--task", choices=(*TASKS, "both"), default="both")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--full-length", action="store_true", help="sequences without padding")
     parser.add_argument("--threads", type=int, help="CPU threads (all that PyTorch takes)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file or folder for the results")

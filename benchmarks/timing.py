@@ -129,7 +129,9 @@ def times_as_long(timings: Mapping[str, Timing], name: str, base: str) -> float 
 
 
 def peak_memory(call: Call, device: torch.device) -> int:
-    """Bytes that a call holds at its peak on a CUDA device, besides what was held before."""
+    """Bytes of tensors that a call holds at its peak, besides what was held before: as the allocator counts them."""
+    if device.type == "cpu":
+        return _peak_memory_on_cpu(call)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -137,6 +139,18 @@ def peak_memory(call: Call, device: torch.device) -> int:
     torch.cuda.synchronize(device)
     del result
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_memory_on_cpu(call: Call) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    del result
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
 def copy_bandwidth(device: torch.device, elements: int = 2**25, rounds: int = 9) -> float:

@@ -297,7 +297,7 @@ def test_a_batch_without_labels_is_refused():
     for model in (tiny_models.bert(), tiny_models.bert_masked_lm()):
         objective = AdversarialObjective(model, MOVED)
         with pytest.raises(
-            ValueError, match=r"^batch: expected 'labels', since the model computed no loss; got input_ids"
+            ValueError, match=r"^batch: expected 'labels'(, since the model computed no loss; got| \(B)"
         ):
             objective(**tiny_models.tokens())
     model = tiny_models.bert_masked_lm()

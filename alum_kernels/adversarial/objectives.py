@@ -253,7 +253,9 @@ class AdversarialObjective:
         self, batch: Mapping[str, Any], inputs: Mapping[str, Any], clean_pass: CleanPass | None
     ) -> tuple[Tensor, Any, Passes, list[Prediction]]:
         """Task loss, model outputs, how this batch's passes are read, and the clean predictions."""
-        if clean_pass is None and self.linear_head is not None:
+        if clean_pass is not None and self.linear_head is not None:
+            self._refuse_linear_head("its clean pass is the caller's, which needs them")
+        if self.linear_head is not None:
             passes = LinearPasses(self.head, batch, self.config.positions, self.linear_head)
             outputs, captured = passes.capture(lambda: self.model(**inputs))
             if self._linear_head_seen or self._accepts(passes, outputs, captured):

@@ -131,9 +131,10 @@ class AdversarialTrainer(Trainer):
         items = None if num_items_in_batch is None else self._count_items(batch)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
+        outside = self.compute_loss_func is not None or self.label_smoother is not None
+
         def clean_pass() -> tuple[Tensor, Any]:
             # losses outside the model divide by the count that they are given; heads take the mean
-            outside = self.compute_loss_func is not None or self.label_smoother is not None
             counts = items is not None and outside
             loss, outputs = super(AdversarialTrainer, self).compute_loss(
                 model,
@@ -148,7 +149,11 @@ class AdversarialTrainer(Trainer):
 
         self.objective.model = model
         seed, sample_offset = self._place_of(find_batch_size(batch))
-        result = self.objective.forward(batch, clean_pass=clean_pass, seed=seed, sample_offset=sample_offset)
+        # where the objective does without the logits, it has the task's cross-entropy without them too
+        fused = self.objective.linear_head is not None and not outside
+        result = self.objective.forward(
+            batch, clean_pass=None if fused else clean_pass, seed=seed, sample_offset=sample_offset
+        )
         loss = result.loss if items is None else result.loss * (items * processes) / num_items_in_batch
         return (loss, result.outputs) if return_outputs else loss
 

@@ -6,6 +6,8 @@ out of place, by an upstream factor that the host never looks at. With ``reducti
 rows are not known in the forward, and the backward goes through the chunks again.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -93,14 +95,15 @@ def _linear_fake(
 
 
 class _ScaleOnce(torch.autograd.Function):
-    """``upstream`` times stored fp32 gradients, each rounded once to its dtype; differentiating that again raises.
+    """``upstream`` times stored fp32 gradients, each rounded once to its input's dtype; once more raises.
 
-    The stored ones stay as they are, for a second backward.
+    The stored ones stay as they are, for a second backward. The inputs take part so that a second derivative is asked
+    of this function, which does not have it, and not silently of nobody.
     """
 
     @staticmethod
-    def forward(ctx, upstream, dtypes, *gradients):
-        return tuple((gradient * upstream).to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True))
+    def forward(ctx, upstream, gradients, *inputs):
+        return tuple((gradient * upstream).to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -116,6 +119,10 @@ def _wanted(ctx, gradient: str) -> list[bool]:
     return [adv_hidden, hidden and gradient != "detach_clean", weight, bias]
 
 
+def _chosen(tensors: Sequence[Tensor], wanted: list[bool]) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensor, want in zip(tensors, wanted, strict=True) if want)
+
+
 class _Reduced(torch.autograd.Function):
     """The sum of row_weight times the loss of each row, a scalar."""
 
@@ -125,14 +132,14 @@ class _Reduced(torch.autograd.Function):
         rows, *gradients = torch.ops.alum_kernels.linear_symmetric_kl(
             adv_hidden, hidden, weight, bias, row_weight, None, *options, ctx.wanted, backend
         )
-        inputs = (adv_hidden, hidden, weight, bias)
-        ctx.dtypes = [x.dtype for x, want in zip(inputs, ctx.wanted, strict=True) if want]
-        ctx.save_for_backward(*(g for g, want in zip(gradients, ctx.wanted, strict=True) if want))
+        inputs = _chosen((adv_hidden, hidden, weight, bias), ctx.wanted)
+        ctx.save_for_backward(*_chosen(gradients, ctx.wanted), *inputs)
         return (rows * row_weight).sum()
 
     @staticmethod
     def backward(ctx, upstream):
-        scaled = iter(_ScaleOnce.apply(upstream, ctx.dtypes, *ctx.saved_tensors))
+        count = sum(ctx.wanted)
+        scaled = iter(_ScaleOnce.apply(upstream, ctx.saved_tensors[:count], *ctx.saved_tensors[count:]))
         return *(next(scaled) if want else None for want in ctx.wanted), None, None, None
 
 
@@ -157,9 +164,7 @@ class _Rows(torch.autograd.Function):
         _, *gradients = torch.ops.alum_kernels.linear_symmetric_kl(
             *inputs, grad_rows, None, *ctx.options, wanted, ctx.backend
         )
-        dtypes = [x.dtype for x, want in zip(inputs, wanted, strict=True) if want]
-        kept = [g for g, want in zip(gradients, wanted, strict=True) if want]
-        scaled = iter(_ScaleOnce.apply(grad_rows.new_ones(()), dtypes, *kept))
+        scaled = iter(_ScaleOnce.apply(grad_rows.new_ones(()), _chosen(gradients, wanted), *_chosen(inputs, wanted)))
         return *(next(scaled) if want else None for want in wanted), None, None, None
 
 
@@ -301,8 +306,8 @@ def linear_symmetric_kl(
 
     Equal to ``symmetric_kl(head(adv_hidden), head(hidden))`` with ``head(h) = cap tanh(logit_scale (h W^T + bias) /
     cap)``, without the tanh if ``soft_cap`` is None. But it never holds (N, V) logits, and keeps the digits that two
-    rounded logits lose: it forms the difference of the logits from the difference of the hidden states (fp32), or from fp32
-    logits of half-precision products. Gradients reach both hidden states, the weight and the bias.
+    rounded logits lose: it forms the difference of the logits from the difference of the hidden states (fp32), or from
+    fp32 logits of half-precision products. Gradients reach both hidden states, the weight and the bias.
 
     Args:
         adv_hidden: (..., H) fp32, bf16, fp16 or fp64 (fp64 on the reference backend), at least one row dimension.

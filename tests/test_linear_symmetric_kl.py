@@ -1,0 +1,456 @@
+"""``linear_symmetric_kl`` and ``linear_kl``: against float64, in every convention, chunk by chunk."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from alum_kernels import (
+    BackendUnavailableError,
+    linear_kl,
+    linear_products,
+    linear_symmetric_kl,
+    linear_symmetric_kl_grad,
+    symmetric_kl,
+)
+from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions, Wanted, rows_in_chunk
+from alum_kernels.ops.dispatch import implementation
+from alum_kernels.ops.symmetric_kl import GRADIENTS, REDUCTIONS
+
+FUNCTIONS = {"symmetric_kl": linear_symmetric_kl, "kl": linear_kl}
+NAMES = ("adv_hidden", "hidden", "weight", "bias")
+
+
+def operands(
+    rows: int = 7,
+    size: int = 12,
+    columns: int = 70,
+    perturbation: float = 0.1,
+    *,
+    spread: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Hidden states that differ by ``perturbation`` standard deviations, and a head."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, size, generator=generator)
+    made = {
+        "adv_hidden": hidden + perturbation * torch.randn(rows, size, generator=generator),
+        "hidden": hidden,
+        "weight": spread * torch.randn(columns, size, generator=generator),
+        "bias": torch.randn(columns, generator=generator),
+    }
+    return {name: tensor.to(device, dtype) for name, tensor in made.items()}
+
+
+def value_and_gradients(given: dict[str, Tensor], divergence: str, *, upstream: float = 1.0, **options):
+    """The loss, and the gradient of ``upstream`` times its sum to each operand (zero where it receives none)."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+    loss = FUNCTIONS[divergence](*leaves.values(), **options)
+    (loss.sum() * upstream).backward()
+    return loss.detach(), {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()}
+
+
+def in_float64(given: dict[str, Tensor], divergence: str, **options):
+    return value_and_gradients(
+        {name: tensor.cpu().double() for name, tensor in given.items()}, divergence, backend="reference", **options
+    )
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative L2 error; the absolute one where nothing, or only the oracle's own rounding, is expected."""
+    expected = expected.double()
+    found = found.cpu().double()
+    size = expected.norm().item()
+    return (found - expected).norm().item() / (size if size > 1e-13 else 1.0)
+
+
+def assert_close(found, expected, *, value: float = 2e-6, gradient: float = 5e-6) -> None:
+    assert error(found[0], expected[0]) <= value
+    for name in NAMES:
+        if name in expected[1]:
+            assert error(found[1][name], expected[1][name]) <= gradient, name
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("divergence", FUNCTIONS)
+def test_values_and_gradients(place, divergence, gradient, masked):
+    mask = torch.tensor([1, 0, 1, 1, 1, 0, 1], device=place.device) if masked else None
+    for perturbation, soft_cap, logit_scale in ((1e-5, None, 1.0), (0.1, 4.0, 0.5), (2.0, None, 0.5)):
+        given = operands(perturbation=perturbation, device=place.device)
+        options = {"gradient": gradient, "soft_cap": soft_cap, "logit_scale": logit_scale, "temperature": 0.7}
+        expected = in_float64(given, divergence, mask=None if mask is None else mask.cpu(), upstream=-3.0, **options)
+        found = value_and_gradients(
+            given, divergence, mask=mask, upstream=-3.0, chunk_bytes=3 * 70 * 8, backend=place.backend, **options
+        )
+        assert found[0].dtype == torch.float32
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("divergence", FUNCTIONS)
+def test_the_reference_is_the_divergence_of_the_logits(divergence, gradient):
+    """In float64 two logits lose nothing that matters: the same number by another way."""
+    from alum_kernels import kl
+
+    given = operands(dtype=torch.float64)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+    adv_hidden, hidden, weight, bias = leaves.values()
+    logits = hidden @ weight.T + bias
+    logits = logits.detach() if gradient == "detach_clean" else logits
+    plain = {"symmetric_kl": symmetric_kl, "kl": kl}[divergence]
+    loss = plain(adv_hidden @ weight.T + bias, logits, gradient=gradient)
+    loss.backward()
+    expected = loss.detach(), {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()}
+    assert_close(in_float64(given, divergence, gradient=gradient), expected, value=1e-12, gradient=1e-12)
+
+
+@pytest.mark.parametrize("divergence", FUNCTIONS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_reductions(place, reduction, masked, divergence):
+    given = {n: x.view(2, 3, -1) if "hidden" in n else x for n, x in operands(rows=6, device=place.device).items()}
+    mask = torch.tensor([[True, False, True], [False, True, True]], device=place.device) if masked else None
+    expected = in_float64(given, divergence, mask=None if mask is None else mask.cpu(), reduction=reduction)
+    found = value_and_gradients(given, divergence, mask=mask, reduction=reduction, backend=place.backend)
+    assert found[0].shape == ((2, 3) if reduction == "none" else ())
+    assert_close(found, expected)
+    kept = value_and_gradients(
+        given, divergence, mask=mask, reduction=reduction, gather_rows=False, backend=place.backend
+    )
+    assert_close(kept, expected)
+
+
+def test_masked_rows_count_nowhere_whatever_they_hold(place):
+    given = operands(rows=4, device=place.device)
+    mask = torch.tensor([1, 1, 0, 1], device=place.device)
+    clean = value_and_gradients(given, "symmetric_kl", mask=mask, backend=place.backend)
+    spoilt = {**given, "hidden": given["hidden"].clone(), "adv_hidden": given["adv_hidden"].clone()}
+    spoilt["hidden"][2], spoilt["adv_hidden"][2] = float("nan"), float("inf")
+    found = value_and_gradients(spoilt, "symmetric_kl", mask=mask, backend=place.backend)
+    if place.backend == "reference":  # it multiplies by zero where the kernels gather
+        assert torch.equal(found[0], clean[0])
+        return
+    for name in NAMES:
+        assert torch.equal(found[1][name], clean[1][name]), name
+    assert (found[1]["hidden"][2] == 0).all()
+
+
+def test_without_bias_and_with_few_gradients(place):
+    given = operands(device=place.device)
+    expected = in_float64({n: x for n, x in given.items() if n != "bias"}, "symmetric_kl")
+    for wanted in NAMES[:3]:
+        leaves = {n: given[n].clone().requires_grad_(n == wanted) for n in NAMES[:3]}
+        linear_symmetric_kl(*leaves.values(), backend=place.backend).backward()
+        assert error(leaves[wanted].grad, expected[1][wanted]) <= 5e-6
+    with torch.no_grad():
+        value = linear_symmetric_kl(*(given[n] for n in NAMES[:3]), backend=place.backend)
+    assert error(value, expected[0]) <= 2e-6
+    assert not value.requires_grad
+
+
+def test_tied_weights_receive_both_gradients(place):
+    """The head's weight is also what the hidden states were made from, as with tied embeddings."""
+    given = operands(rows=5, columns=70, device=place.device)
+    indices = torch.tensor([3, 1, 4, 1, 5], device=place.device)
+    noise = given["adv_hidden"] - given["hidden"]
+
+    def gradient(weight: Tensor, backend: str) -> Tensor:
+        weight = weight.clone().requires_grad_()
+        hidden = torch.tanh(weight[indices])
+        linear_symmetric_kl(hidden + noise.to(weight), hidden, weight, backend=backend).backward()
+        return weight.grad
+
+    expected = gradient(given["weight"].cpu().double(), "reference") if place.device == "cpu" else None
+    if expected is not None:
+        assert error(gradient(given["weight"], place.backend), expected) <= 5e-6
+
+
+def test_a_result_may_be_used_twice_and_kept(place):
+    given = operands(device=place.device)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+    loss = linear_symmetric_kl(*leaves.values(), backend=place.backend)
+    once = torch.autograd.grad(loss, leaves.values(), retain_graph=True)
+    scaled = torch.autograd.grad(
+        loss * 0.25 + loss * loss.detach() / loss.detach() * 0.25, leaves.values(), retain_graph=True
+    )
+    again = torch.autograd.grad(loss, leaves.values())
+    for first, half, last in zip(once, scaled, again, strict=True):
+        assert torch.equal(first, last)
+        torch.testing.assert_close(half, first / 2, rtol=3e-7, atol=0)
+
+
+def test_second_derivatives(place):
+    given = operands(rows=3, size=4, columns=6, dtype=torch.float64)
+    leaves = [tensor.clone().requires_grad_() for tensor in given.values()]
+    if place.backend == "reference":
+        assert torch.autograd.gradcheck(lambda *x: linear_symmetric_kl(*x, soft_cap=3.0), leaves)
+        assert torch.autograd.gradgradcheck(lambda *x: linear_symmetric_kl(*x), leaves)
+        return
+    leaves = [tensor.detach().float().to(place.device).requires_grad_() for tensor in leaves]
+    for reduction in ("mean", "none"):
+        loss = linear_symmetric_kl(*leaves, reduction=reduction, backend=place.backend).sum()
+        (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+            grad.sum().backward()
+
+
+def test_chunks_change_rounding_only_and_the_same_chunks_nothing(kernel_place):
+    given = operands(rows=11, device=kernel_place.device)
+    options = {"backend": kernel_place.backend}
+    whole = value_and_gradients(given, "symmetric_kl", **options)
+    for rows in (1, 2, 5, 11):
+        chunked = value_and_gradients(given, "symmetric_kl", chunk_bytes=rows * 70 * 8, **options)
+        assert_close(chunked, whole, value=3e-7, gradient=3e-6)
+        for _ in range(2):
+            again = value_and_gradients(given, "symmetric_kl", chunk_bytes=rows * 70 * 8, **options)
+            assert torch.equal(again[0], chunked[0])
+            assert all(torch.equal(again[1][name], chunked[1][name]) for name in NAMES)
+
+
+def test_the_budget_of_a_chunk(monkeypatch):
+    device, options = torch.device("cpu"), LinearOptions("symmetric_kl", "full")
+    assert rows_in_chunk(100, 1000, options, device, 4) == 100
+    assert rows_in_chunk(100, 1000, LinearOptions("symmetric_kl", "full", chunk_bytes=50 * 8000), device, 4) == 50
+    assert rows_in_chunk(100, 1000, LinearOptions("symmetric_kl", "full", chunk_bytes=1), device, 4) == 1
+    assert rows_in_chunk(0, 1000, options, device, 4) == 1
+    # halves need room for gradients beside the fp32 logits; chunks are even
+    assert rows_in_chunk(100, 1000, LinearOptions("symmetric_kl", "full", chunk_bytes=99 * 12000), device, 2) == 50
+    monkeypatch.setenv("ALUM_LINEAR_CHUNK_BYTES", str(25 * 8000))
+    assert rows_in_chunk(100, 1000, options, device, 4) == 25
+    monkeypatch.setenv("ALUM_LINEAR_CHUNK_BYTES", "64MB")
+    with pytest.raises(ValueError, match="ALUM_LINEAR_CHUNK_BYTES: expected a number of bytes > 0, got '64MB'"):
+        linear_symmetric_kl(*operands().values(), backend="native")
+
+
+@pytest.mark.parametrize("divergence", FUNCTIONS)
+def test_the_ascent_has_the_gradient_of_the_adversarial_side_alone(place, divergence):
+    given = operands(device=place.device)
+    expected = in_float64(given, divergence, gradient="detach_clean", reduction="sum", soft_cap=5.0)
+    options = {"divergence": divergence, "reduction": "sum", "soft_cap": 5.0, "backend": place.backend}
+    value, gradient = linear_symmetric_kl_grad(*given.values(), **options)
+    assert error(value, expected[0]) <= 2e-6
+    assert error(gradient, expected[1]["adv_hidden"]) <= 5e-6
+    assert not value.requires_grad
+    products = linear_products(given["hidden"], given["weight"])
+    torch.testing.assert_close(products, given["hidden"] @ given["weight"].T)
+    kept_value, kept = linear_symmetric_kl_grad(
+        *given.values(), clean_products=products, chunk_bytes=2 * 70 * 8, **options
+    )
+    before = products.clone()
+    assert error(kept_value, expected[0]) <= 2e-6
+    assert error(kept, expected[1]["adv_hidden"]) <= 5e-6
+    assert torch.equal(products, before)  # read in every step of an ascent
+    assert linear_products(given["hidden"], given["weight"], chunk_bytes=100) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(place, dtype):
+    given = operands(dtype=dtype, device=place.device)
+    expected = in_float64(given, "symmetric_kl")
+    found = value_and_gradients(given, "symmetric_kl", backend=place.backend)
+    assert error(found[0], expected[0]) <= (2e-6 if place.device == "cpu" else 1e-3)
+    for name in NAMES:
+        assert found[1][name].dtype == dtype
+        assert error(found[1][name], expected[1][name]) <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("plan", ["differences", "sides"])
+def test_both_plans_of_the_products(kernel_place, plan):
+    """``sides`` is what half precision takes on CUDA: its rounding is emulated here where there is none."""
+    given = operands(rows=32, size=64, columns=700, perturbation=0.03, spread=0.1, dtype=torch.bfloat16)
+    expected = in_float64(given, "symmetric_kl", reduction="sum")
+    moved = {name: tensor.to(kernel_place.device) for name, tensor in given.items()}
+    result = LinearDivergence(
+        implementation("linear_symmetric_kl", kernel_place.backend),
+        *moved.values(),
+        None,
+        None,
+        LinearOptions("symmetric_kl", "full", plan=plan),
+        Wanted(True, True, True, True),
+    ).run()
+    bounds = (1e-5, 1e-5) if plan == "differences" else (1e-3, 3e-3)
+    assert error(result.rows.sum(), expected[0]) <= bounds[0]
+    for name, bound in (("adv_hidden", bounds[0]), ("hidden", bounds[0]), ("weight", bounds[1]), ("bias", bounds[1])):
+        assert error(getattr(result, name), expected[1][name]) <= bound, name
+
+
+def test_autocast_does_what_it_does_to_a_linear_layer():
+    given = operands(perturbation=0.3)
+    half = {name: tensor.bfloat16() for name, tensor in given.items()}
+    expected = value_and_gradients(half, "symmetric_kl")
+    mixed = {**given, "hidden": half["hidden"], "adv_hidden": half["adv_hidden"]}
+    with pytest.raises(TypeError, match=r"^weight: expected dtype torch.bfloat16 as hidden, got torch.float32 \(under"):
+        linear_symmetric_kl(*mixed.values())
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in mixed.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_symmetric_kl(*leaves.values())
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss.detach(), expected[0])
+    assert leaves["weight"].grad.dtype == torch.float32
+    assert torch.equal(leaves["weight"].grad, expected[1]["weight"].float())
+
+
+def test_no_rows_and_one_class(place):
+    given = operands(rows=0, device=place.device)
+    loss, grads = value_and_gradients(given, "symmetric_kl", backend=place.backend)
+    assert loss.item() == 0
+    assert all((grads[name] == 0).all() for name in NAMES)
+    given = operands(rows=3, device=place.device)
+    nothing = torch.zeros(3, dtype=torch.bool, device=place.device)
+    for gather in (True, False):
+        loss, grads = value_and_gradients(
+            given, "symmetric_kl", mask=nothing, gather_rows=gather, backend=place.backend
+        )
+        assert loss.item() == 0
+        assert all((grads[name] == 0).all() for name in NAMES)
+    given = operands(columns=1, device=place.device)
+    loss, grads = value_and_gradients(given, "symmetric_kl", backend=place.backend)
+    assert loss.item() == 0
+    assert all((grads[name] == 0).all() for name in NAMES)
+
+
+def test_a_spoilt_row_spoils_no_other(place):
+    given = operands(rows=4, device=place.device)
+    given["hidden"][1, 2] = float("inf")
+    rows = linear_symmetric_kl(*given.values(), reduction="none", backend=place.backend)
+    assert rows.isnan().tolist() == [False, True, False, False]
+    kept = [0, 2, 3]
+    expected, _ = in_float64(
+        {n: x[kept] if "hidden" in n else x for n, x in given.items()}, "symmetric_kl", reduction="none"
+    )
+    assert error(rows[kept], expected) <= 2e-6
+
+
+def test_classes_switched_off_by_their_bias(place):
+    given = operands(device=place.device)
+    given["bias"][5], given["bias"][69] = -float("inf"), -float("inf")
+    alive = [v for v in range(70) if v not in (5, 69)]
+    fewer = {n: x[alive] if n in ("weight", "bias") else x for n, x in given.items()}
+    expected = in_float64(fewer, "symmetric_kl")
+    found = value_and_gradients(given, "symmetric_kl", backend=place.backend)
+    assert error(found[0], expected[0]) <= 2e-6
+    assert error(found[1]["adv_hidden"], expected[1]["adv_hidden"]) <= 5e-6
+    assert error(found[1]["weight"][alive], expected[1]["weight"]) <= 5e-6
+    assert (found[1]["weight"][5] == 0).all()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(kernel_place, dynamic):
+    if kernel_place.interpreted:
+        pytest.skip("the interpreter does not trace")
+
+    def step(*leaves):
+        return linear_symmetric_kl(*leaves, mask=mask, reduction=reduction, backend=kernel_place.backend)
+
+    for reduction in ("mean", "none"):  # noqa: B007
+        torch._dynamo.reset()
+        compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+        for rows in (7, 9):
+            given = operands(rows=rows, device=kernel_place.device)
+            mask = (torch.arange(rows, device=kernel_place.device) % 3) != 0
+            results = []
+            for function in (step, compiled):
+                leaves = [tensor.clone().requires_grad_() for tensor in given.values()]
+                loss = function(*leaves)
+                loss.sum().backward()
+                results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+            for eager, traced in zip(*results, strict=True):
+                torch.testing.assert_close(traced, eager, rtol=1e-6, atol=0)
+
+
+def test_opcheck(kernel_place):
+    given = operands(rows=5, size=4, columns=9, device=kernel_place.device)
+    weight = torch.tensor([0.5, 0.0, 1.0, 0.25, 1.0], device=kernel_place.device)
+    for wanted, soft_cap, row_weight in (
+        ([True, True, True, True], None, weight),
+        ([True, False, False, False], 3.0, None),
+        ([False, False, False, False], None, weight),
+    ):
+        torch.library.opcheck(
+            torch.ops.alum_kernels.linear_symmetric_kl.default,
+            (*given.values(), row_weight, None, "symmetric_kl", "full", 1.0, 1.0, soft_cap, True, None, wanted,
+             kernel_place.backend),
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"hidden": torch.zeros(7, 11)}, ValueError, r"^hidden: expected shape \(7, 12\) as adv_hidden, got \(7, 11\)"),
+        ({"weight": torch.zeros(70, 11)}, ValueError, r"^weight: expected shape \(V, 12\) as hidden, got \(70, 11\)"),
+        ({"weight": torch.zeros(12)}, ValueError, r"^weight: expected 2 dimensions \(V, H\), got shape \(12,\)"),
+        ({"weight": torch.zeros(0, 12)}, ValueError, "^weight: expected at least one class and one feature"),
+        ({"bias": torch.zeros(69)}, ValueError, r"^bias: expected shape \(70,\), got \(69,\)"),
+        (
+            {"bias": torch.zeros(70).double()},
+            TypeError,
+            "^bias: expected dtype torch.float32 as hidden, got torch.float64",
+        ),
+        (
+            {"adv_hidden": torch.zeros(12), "hidden": torch.zeros(12)},
+            ValueError,
+            r"^adv_hidden: expected shape \(..., H\)",
+        ),
+        ({"weight": [1.0]}, TypeError, "^weight: expected a tensor, got list"),
+        ({"mask": torch.ones(6)}, TypeError, "^mask: expected bool or integers"),
+        ({"mask": torch.ones(6, dtype=torch.bool)}, ValueError, r"^mask: expected shape \(7,\), got \(6,\)"),
+        ({"reduction": "total"}, ValueError, "^reduction: expected one of 'mean'"),
+        ({"gradient": "none"}, ValueError, "^gradient: expected one of 'full'"),
+        ({"temperature": 0.0}, ValueError, "^temperature: expected a number > 0"),
+        ({"soft_cap": 0.0}, ValueError, "^soft_cap: expected a number > 0 or None"),
+        ({"chunk_bytes": 0}, ValueError, "^chunk_bytes: expected a number > 0, got 0"),
+        ({"chunk_bytes": 1.5}, TypeError, "^chunk_bytes: expected an int or None, got float"),
+        ({"backend": "cublas"}, ValueError, "^backend: expected one of"),
+    ],
+)
+def test_wrong_arguments(changes, kind, message):
+    with pytest.raises(kind, match=message):
+        linear_symmetric_kl(**{**operands(), **changes})
+
+
+def test_kept_products_of_another_shape():
+    with pytest.raises(ValueError, match=r"^clean_products: expected shape \(7, 70\), got \(7, 69\)"):
+        linear_symmetric_kl_grad(**operands(), clean_products=torch.zeros(7, 69))
+
+
+def test_a_backend_that_cannot_serve_says_why():
+    with pytest.raises(BackendUnavailableError, match="float64 is served by the reference backend only"):
+        linear_symmetric_kl(**operands(dtype=torch.float64), backend="native")
+
+
+@pytest.mark.parametrize("perturbation", [1e-5, 1e-3, 0.1])
+def test_accuracy_at_a_vocabulary(compiled_place, perturbation):
+    """fp32, over 30,522 words: value 1e-6 and gradients 1e-5, where two logits lose three digits more."""
+    given = operands(8, 96, 30522, perturbation, spread=0.3, device=compiled_place.device)
+    expected = in_float64(given, "symmetric_kl")
+    found = value_and_gradients(given, "symmetric_kl", backend=compiled_place.backend)
+    assert error(found[0], expected[0]) <= 1e-6
+    for name in NAMES:
+        assert error(found[1][name], expected[1][name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("perturbation", [0.1, 0.03, 0.01])
+@pytest.mark.parametrize("plan", ["differences", "sides"])
+def test_accuracy_of_bfloat16_hidden_states(compiled_place, plan, perturbation):
+    """Value 1e-3, hidden gradients 1e-3, weight gradient 3e-3, before they are rounded to bf16."""
+    if compiled_place.backend == "reference":
+        pytest.skip("it has one plan, and is the oracle")
+    given = operands(48, 768, 32000, perturbation, spread=0.02, dtype=torch.bfloat16)
+    expected = in_float64(given, "symmetric_kl", reduction="sum")
+    moved = {name: tensor.to(compiled_place.device) for name, tensor in given.items()}
+    result = LinearDivergence(
+        implementation("linear_symmetric_kl", compiled_place.backend),
+        *moved.values(),
+        None,
+        None,
+        LinearOptions("symmetric_kl", "full", plan=plan),
+        Wanted(True, True, True, True),
+    ).run()
+    assert error(result.rows.sum(), expected[0]) <= 1e-3
+    assert error(result.adv_hidden, expected[1]["adv_hidden"]) <= 1e-3
+    assert error(result.hidden, expected[1]["hidden"]) <= 1e-3
+    assert error(result.weight, expected[1]["weight"]) <= 3e-3
