@@ -1,9 +1,16 @@
-"""The formulas of divergences between two softmaxes, for Triton kernels. Twin of ``csrc/core/divergence.h``."""
+"""The formulas of divergences between two softmaxes, for Triton kernels. Twin of ``csrc/core/divergence.h``.
+
+Helpers of a kernel hand each other two tuples:
+
+    classes      (w1, w2, w1 - w2, d, u, dead) of a tile or a block: both weights, d = (a - b) - c over the temperature,
+                 u = log p - log q, and which classes are -inf on both sides
+    statistics   (lse_b, c, Lambda, E_p[d], E_q[d]) of its rows: what a gradient needs beside the classes
+"""
 
 import triton
 import triton.language as tl
 
-from alum_kernels.backends.triton.elementary import exp_parts, exp_sum
+from alum_kernels.backends.triton.elementary import exp_parts, exp_sum, g_series
 
 INFINITY = tl.constexpr(float("inf"))
 NARROW = tl.constexpr(30.0)
@@ -28,6 +35,33 @@ def difference_of(a, b):
 
 
 @triton.jit
+def read_classes(
+    first,  # pointers to a, or to a - b with DIFFERENCES
+    b,  # pointers to b
+    bias,  # (V,) fp32, what both logits still lack, with HAS_BIAS
+    column,
+    inside,
+    DIFFERENCES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """(a, b, high, low) in fp32, a - b being high + low: exact, and without the bias. Outside both logits are -inf."""
+    b = tl.load(b, mask=inside, other=-INFINITY).to(tl.float32)
+    if DIFFERENCES:
+        high = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+        low = tl.zeros_like(high)
+        if HAS_BIAS:
+            b += tl.load(bias + column, mask=inside, other=0.0)
+        a = b + high
+    else:
+        a = tl.load(first, mask=inside, other=-INFINITY).to(tl.float32)
+        high, low = difference_of(a, b)
+        if HAS_BIAS:
+            added = tl.load(bias + column, mask=inside, other=0.0)
+            a, b = a + added, b + added
+    return a, b, high, low
+
+
+@triton.jit
 def weights_below(larger, d):
     """(w1, w2, w1 - w2) with w1 = w2 e^d, from the larger of the two, whatever the sign and size of d."""
     up = d > 0.0
@@ -45,8 +79,17 @@ def weights(high, low, d):
 
 
 @triton.jit
-def gradient_of(w1, w2, difference, d, mean_p, mean_q, DIVERGENCE: tl.constexpr, CONVENTION: tl.constexpr):
+def kl_q_term(w2, difference, u):
+    """The term of one class in KL(q||p), from its weights w2 = q and difference = p - q."""
+    near = tl.abs(u) < SERIES
+    return tl.where(near, w2 * g_series(tl.where(near, u, 0.0)), difference - w2 * u)
+
+
+@triton.jit
+def gradient_of(classes, statistics, DIVERGENCE: tl.constexpr, CONVENTION: tl.constexpr):
     """(da, db) before the upstream factor."""
+    w1, w2, difference, d, _, _ = classes
+    _, _, _, mean_p, mean_q = statistics
     if DIVERGENCE == "kl":
         da = difference
         db = -w2 * (d - mean_q) if CONVENTION == "full" else difference * 0.0
@@ -60,18 +103,31 @@ def gradient_of(w1, w2, difference, d, mean_p, mean_q, DIVERGENCE: tl.constexpr,
 
 
 @triton.jit
-def class_gradient(
-    a, b, lse_b, c, log_ratio, mean_p, mean_q, inv_temperature, DIVERGENCE: tl.constexpr, CONVENTION: tl.constexpr
-):
-    """(da, db) of classes from the statistics of their rows; zero for classes that are -inf on both sides."""
-    dead = b == -INFINITY
-    d = tl.where(dead, 0.0, ((a - b) - c) * inv_temperature)
-    w1, w2, difference = weights(tl.where(dead, NO_WEIGHT, b * inv_temperature), -lse_b, d - log_ratio)
-    da, db = gradient_of(w1, w2, difference, d, mean_p, mean_q, DIVERGENCE, CONVENTION)
-    return tl.where(dead, 0.0, da), tl.where(dead, 0.0, db)
+def summed_gradient(classes, statistics, loss, DIVERGENCE: tl.constexpr):
+    """da + db where both sides have a gradient, before the upstream factor; ``loss`` is the row's."""
+    w1, w2, difference, d, u, _ = classes
+    _, _, _, mean_p, mean_q = statistics
+    if DIVERGENCE == "kl":
+        total = kl_q_term(w2, difference, u) - w2 * loss
+    else:
+        gained = u > 0.0
+        total = difference * (d - tl.where(gained, mean_p, mean_q)) - tl.where(gained, w2, w1) * loss
+    return total
 
 
 @triton.jit
-def settled(gradient, upstream, undefined):
-    """The gradient as it is stored: zero without upstream, NaN for a row that has none."""
-    return tl.where(upstream == 0.0, 0.0, tl.where(undefined, float("nan"), gradient * upstream))
+def classes_of(apart, b, statistics, inv_temperature):
+    """(w1, w2, w1 - w2, d, u, dead) of classes from their difference a - b, b and the statistics of their rows."""
+    lse_b, c, log_ratio, _, _ = statistics
+    dead = b == -INFINITY
+    d = tl.where(dead, 0.0, (apart - c) * inv_temperature)
+    u = d - log_ratio
+    w1, w2, difference = weights(tl.where(dead, NO_WEIGHT, b * inv_temperature), -lse_b, u)
+    return w1, w2, difference, d, u, dead
+
+
+@triton.jit
+def settled(gradient, upstream, dead, undefined):
+    """The gradient as it is stored: zero for dead classes and without upstream, NaN for a row that has none."""
+    gradient = tl.where(undefined, float("nan"), tl.where(dead, 0.0, gradient) * upstream)
+    return tl.where(upstream == 0.0, 0.0, gradient)
