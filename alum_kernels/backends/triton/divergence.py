@@ -14,6 +14,7 @@ from alum_kernels.backends.triton.elementary import exp_parts, exp_sum, g_series
 
 INFINITY = tl.constexpr(float("inf"))
 NARROW = tl.constexpr(30.0)
+REGULAR = tl.constexpr(1)
 SERIES = tl.constexpr(0.3)
 # e^x is zero here: the scale is 2^-127, whose bits are those of zero
 VANISHED = tl.constexpr(-88.2)
@@ -37,28 +38,47 @@ def difference_of(a, b):
 @triton.jit
 def read_classes(
     first,  # pointers to a, or to a - b with DIFFERENCES
-    b,  # pointers to b
+    plain,  # pointers to b
     bias,  # (V,) fp32, what both logits still lack, with HAS_BIAS
     column,
     inside,
     DIFFERENCES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """(a, b, high, low) in fp32, a - b being high + low: exact, and without the bias. Outside both logits are -inf."""
-    b = tl.load(b, mask=inside, other=-INFINITY).to(tl.float32)
+    """(a, b, first, plain) in fp32: both logits, -inf outside, and what ``apart`` takes (a - b has no bias)."""
+    first = tl.load(first, mask=inside, other=0.0 if DIFFERENCES else -INFINITY).to(tl.float32)
+    plain = tl.load(plain, mask=inside, other=-INFINITY).to(tl.float32)
+    a, b = first, plain
+    if HAS_BIAS:
+        added = tl.load(bias + column, mask=inside, other=0.0)
+        a, b = a + added, b + added
     if DIFFERENCES:
-        high = tl.load(first, mask=inside, other=0.0).to(tl.float32)
-        low = tl.zeros_like(high)
-        if HAS_BIAS:
-            b += tl.load(bias + column, mask=inside, other=0.0)
-        a = b + high
+        a = b + first
+    return a, b, first, plain
+
+
+@triton.jit
+def apart(first, plain, DIFFERENCES: tl.constexpr):
+    """(high, low) with high + low = a - b exactly."""
+    if DIFFERENCES:
+        high, low = first, tl.zeros_like(first)
     else:
-        a = tl.load(first, mask=inside, other=-INFINITY).to(tl.float32)
-        high, low = difference_of(a, b)
-        if HAS_BIAS:
-            added = tl.load(bias + column, mask=inside, other=0.0)
-            a, b = a + added, b + added
-    return a, b, high, low
+        high, low = difference_of(first, plain)
+    return high, low
+
+
+@triton.jit
+def kind_of(a, b):
+    """What a class makes of its row, the largest deciding: 3 NaN or +inf, 2 -inf on one side, 1 REGULAR, 0 dead."""
+    one_sided = (a == -INFINITY) != (b == -INFINITY)
+    alive = tl.where(b == -INFINITY, 0, REGULAR)
+    return tl.where((a < INFINITY) & (b < INFINITY), tl.where(one_sided, 2, alive), 3)
+
+
+@triton.jit
+def loss_of(kind, loss):
+    """The loss of a row of this kind: NaN without a class that counts, +inf where only one side has one."""
+    return tl.where(kind == REGULAR, loss, tl.where(kind == 2, INFINITY, float("nan")))
 
 
 @triton.jit
@@ -116,11 +136,11 @@ def summed_gradient(classes, statistics, loss, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def classes_of(apart, b, statistics, inv_temperature):
-    """(w1, w2, w1 - w2, d, u, dead) of classes from their difference a - b, b and the statistics of their rows."""
+def classes_of(difference, b, statistics, inv_temperature):
+    """(w1, w2, w1 - w2, d, u, dead) of classes from a - b, b and the statistics of their rows."""
     lse_b, c, log_ratio, _, _ = statistics
     dead = b == -INFINITY
-    d = tl.where(dead, 0.0, (apart - c) * inv_temperature)
+    d = tl.where(dead, 0.0, (difference - c) * inv_temperature)
     u = d - log_ratio
     w1, w2, difference = weights(tl.where(dead, NO_WEIGHT, b * inv_temperature), -lse_b, u)
     return w1, w2, difference, d, u, dead

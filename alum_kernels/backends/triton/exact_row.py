@@ -7,8 +7,12 @@ from alum_kernels.backends.triton.divergence import (
     INFINITY,
     LOWEST,
     NARROW,
+    REGULAR,
+    apart,
     difference_of,
+    kind_of,
     kl_q_term,
+    loss_of,
     weights_below,
 )
 from alum_kernels.backends.triton.elementary import exp_sum, log, log1p
@@ -25,14 +29,13 @@ def tile_shape(columns: int) -> tuple[int, int]:
 
 
 @triton.jit
-def analyse_tile(a, b, high, low, column, inv_temperature, DIVERGENCE: tl.constexpr):
+def analyse_tile(a, b, first, plain, column, inv_temperature, DIVERGENCE: tl.constexpr, DIFFERENCES: tl.constexpr):
     """(loss, statistics, classes, undefined) of a tile of rows from ``read_classes``."""
-    irregular = tl.max(tl.where((a < INFINITY) & (b < INFINITY), 0, 1), 1)[:, None] != 0
-    one_sided = tl.max(tl.where((a == -INFINITY) != (b == -INFINITY), 1, 0), 1)[:, None] != 0
-    dead = (b == -INFINITY) | irregular | one_sided
-    none_alive = tl.min(tl.where(dead, 1, 0), 1)[:, None] != 0
+    kind = tl.max(kind_of(a, b), 1)[:, None]
+    undefined = kind != REGULAR
+    dead = (b == -INFINITY) | undefined
     a, b = tl.where(dead, LOWEST, a), tl.where(dead, LOWEST, b)
-    high, low = tl.where(dead, 0.0, high), tl.where(dead, 0.0, low)
+    high, low = apart(tl.where(dead, 0.0, first), tl.where(dead, 0.0, plain), DIFFERENCES)
 
     # sweep 1: the largest b and the difference there
     max_a, max_b = tl.max(a, 1)[:, None], tl.max(b, 1)[:, None]
@@ -49,7 +52,7 @@ def analyse_tile(a, b, high, low, column, inv_temperature, DIVERGENCE: tl.conste
     below_high, below_low = difference_of(b, max_b)
     weight_b = tl.where(dead, 0.0, exp_sum(below_high * inv_temperature, below_low * inv_temperature))
     l1, l2 = tl.sum(weight_a, 1)[:, None], tl.sum(weight_b, 1)[:, None]
-    l1, l2 = tl.where(none_alive, 1.0, l1), tl.where(none_alive, 1.0, l2)
+    l1, l2 = tl.where(undefined, 1.0, l1), tl.where(undefined, 1.0, l2)
     lift = exp_sum(tl.minimum(gap, NARROW), gap * 0.0)
     _, _, difference = weights_below(tl.where(d > 0.0, weight_a * lift, weight_b), d)
     change = tl.div_rn(tl.sum(difference, 1)[:, None], l2)
@@ -65,9 +68,6 @@ def analyse_tile(a, b, high, low, column, inv_temperature, DIVERGENCE: tl.conste
     loss = tl.sum(tl.where(dead, 0.0, term), 1)[:, None]
     mean_p, mean_q = tl.sum(w1 * d, 1)[:, None], tl.sum(w2 * d, 1)[:, None]
 
-    loss = tl.where(one_sided, INFINITY, loss)
-    loss = tl.where(irregular | none_alive & (one_sided == 0), float("nan"), loss)
-    undefined = irregular | one_sided | none_alive
     lse_b = max_b * inv_temperature + log(l2)
     statistics = (lse_b, c_high, log_ratio, mean_p, mean_q)
-    return loss, statistics, (w1, w2, difference, d, u, dead), undefined
+    return loss_of(kind, loss), statistics, (w1, w2, difference, d, u, dead), undefined

@@ -16,8 +16,12 @@ from alum_kernels.backends.triton.divergence import (
     LOWEST,
     NARROW,
     NO_WEIGHT,
+    REGULAR,
+    apart,
     classes_of,
+    kind_of,
     kl_q_term,
+    loss_of,
     read_classes,
     weights,
 )
@@ -28,17 +32,21 @@ STREAM_BLOCK, STREAM_WARPS = 8192, 16
 
 
 @triton.jit
-def _block(first, b_row, bias, start, columns, DIFFERENCES: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def _block(
+    first_row, b_row, bias, start, columns, DIFFERENCES: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Columns [start, start + BLOCK) of a row: (column, a, b, a - b); beyond ``columns`` both logits are -inf."""
     column = start + tl.arange(0, BLOCK)
-    inside = column < columns
-    a, b, apart, _ = read_classes(first + column, b_row + column, bias, column, inside, DIFFERENCES, HAS_BIAS)
-    return column, a, b, apart
+    a, b, first, plain = read_classes(
+        first_row + column, b_row + column, bias, column, column < columns, DIFFERENCES, HAS_BIAS
+    )
+    high, _ = apart(first, plain, DIFFERENCES)
+    return column, a, b, high
 
 
 @triton.jit
 def analyse_stream(
-    first,  # (V,) of a row: a, or a - b with DIFFERENCES
+    first_row,  # (V,) of a row: a, or a - b with DIFFERENCES
     b_row,  # (V,) of a row
     bias,  # (V,) fp32, with HAS_BIAS
     length,  # V, or 0 for a row that is skipped
@@ -59,21 +67,16 @@ def analyse_stream(
     sum_c = tl.full((), 0.0, tl.float64)
     sum_p = tl.full((), 0.0, tl.float64)
     wide = tl.full((), 0, tl.int32)
-    irregular = tl.full((), 0, tl.int32)
-    one_sided = tl.full((), 0, tl.int32)
-    alive = tl.full((), 0, tl.int32)
+    kind = tl.full((), 0, tl.int32)
     for start in range(0, length, BLOCK):
-        column, a, b, apart = _block(first, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
-        regular = (a < INFINITY) & (b < INFINITY)
-        half_dead = (a == -INFINITY) != (b == -INFINITY)
-        irregular = tl.maximum(irregular, tl.max(tl.where(regular, 0, 1), 0))
-        one_sided = tl.maximum(one_sided, tl.max(tl.where(half_dead, 1, 0), 0))
-        dead = (b == -INFINITY) | half_dead | (regular == 0)
-        alive = tl.maximum(alive, tl.max(tl.where(dead, 0, 1), 0))
+        column, a, b, difference = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
+        kinds = kind_of(a, b)
+        kind = tl.maximum(kind, tl.max(kinds, 0))
+        dead = kinds != REGULAR
         a, b = tl.where(dead, LOWEST, a), tl.where(dead, LOWEST, b)
-        apart = tl.where(dead, 0.0, apart)
+        difference = tl.where(dead, 0.0, difference)
         block_b = tl.max(b, 0)
-        block_c = tl.sum(tl.where(column == start + tl.argmax(b, 0), apart, 0.0), 0)
+        block_c = tl.sum(tl.where(column == start + tl.argmax(b, 0), difference, 0.0), 0)
         grows = block_b > max_b
         new_b, new_c = tl.where(grows, block_b, max_b), tl.where(grows, block_c, c)
         max_a = tl.maximum(max_a, tl.max(a, 0))
@@ -95,17 +98,17 @@ def analyse_stream(
         max_b, c = new_b, new_c
 
         wide = tl.where(((max_a - max_b) - c) * inv_temperature > NARROW, 1, wide)
-        d = tl.where(dead, 0.0, (apart - c) * inv_temperature)
+        d = tl.where(dead, 0.0, (difference - c) * inv_temperature)
         bounded = tl.minimum(d, 2.0 * NARROW)  # beyond, the row is wide, or the class weighs nothing
-        w1, w2, difference = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0, bounded)
+        w1, w2, gain = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0, bounded)
         l1 += tl.sum(w1, 0).to(tl.float64)
         l2 += tl.sum(w2, 0).to(tl.float64)
         sum_p += tl.sum(w1 * d, 0).to(tl.float64)
         sum_a += tl.sum(w2 * d, 0).to(tl.float64)
-        sum_b += tl.sum(difference, 0).to(tl.float64)
-        sum_c += tl.sum(difference * d, 0).to(tl.float64)
+        sum_b += tl.sum(gain, 0).to(tl.float64)
+        sum_c += tl.sum(gain * d, 0).to(tl.float64)
 
-    undefined = (irregular != 0) | (one_sided != 0) | (alive == 0)
+    undefined = kind != REGULAR
     if (wide != 0) & (undefined == 0):
         # one side underflows against the other: a maximum for each
         l1 = tl.full((), 0.0, tl.float64)
@@ -113,9 +116,9 @@ def analyse_stream(
         sum_a = tl.full((), 0.0, tl.float64)
         sum_p = tl.full((), 0.0, tl.float64)
         for start in range(0, length, BLOCK):
-            column, a, b, apart = _block(first, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
+            column, a, b, difference = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
             dead = b == -INFINITY
-            d = tl.where(dead, 0.0, (apart - c) * inv_temperature)
+            d = tl.where(dead, 0.0, (difference - c) * inv_temperature)
             w1 = exp_sum(tl.where(dead, NO_WEIGHT, (a - max_a) * inv_temperature), d * 0.0)
             w2 = exp_sum(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0)
             l1 += tl.sum(w1, 0).to(tl.float64)
@@ -138,20 +141,19 @@ def analyse_stream(
         # as a value KL(q||p) is a sum of terms >= 0, with Lambda known
         total = tl.full((), 0.0, tl.float64)
         for start in range(0, length, BLOCK):
-            column, a, b, apart = _block(first, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
+            column, a, b, difference = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
             dead = (b == -INFINITY) | (undefined != 0)
-            u = tl.where(dead, 0.0, (apart - c) * inv_temperature - log_ratio)
-            w1, w2, difference = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), u * 0.0, u)
-            total += tl.sum(kl_q_term(w2, difference, u), 0).to(tl.float64)
+            u = tl.where(dead, 0.0, (difference - c) * inv_temperature - log_ratio)
+            w1, w2, gain = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), u * 0.0, u)
+            total += tl.sum(kl_q_term(w2, gain, u), 0).to(tl.float64)
         loss = (total / l2).to(tl.float32)
 
-    loss = tl.where(undefined, tl.where((irregular == 0) & (one_sided != 0), INFINITY, float("nan")), loss)
-    return loss, (lse_b, c, log_ratio, mean_p, mean_q), undefined
+    return loss_of(kind, loss), (lse_b, c, log_ratio, mean_p, mean_q), undefined
 
 
 @triton.jit
 def stream_classes(
-    first,  # (V,) of a row: a, or a - b with DIFFERENCES
+    first_row,  # (V,) of a row: a, or a - b with DIFFERENCES
     b_row,  # (V,) of a row
     bias,  # (V,) fp32, with HAS_BIAS
     start,
@@ -163,5 +165,5 @@ def stream_classes(
     BLOCK: tl.constexpr,
 ):
     """(column, classes) of a block of a row that has been analysed."""
-    column, _, b, apart = _block(first, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
-    return column, classes_of(apart, b, statistics, inv_temperature)
+    column, _, b, difference = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
+    return column, classes_of(difference, b, statistics, inv_temperature)

@@ -107,8 +107,8 @@ def _tile_rows(
         weight = tl.load(weight_ptr + offset, mask=exists, other=0.0)
     a_at = a_ptr + row_offset(row, inner, a_stride_outer, a_stride_inner) + column
     b_at = b_ptr + row_offset(row, inner, b_stride_outer, b_stride_inner) + column
-    a, b, high, low = read_classes(a_at, b_at, None, column, inside & (weight != 0.0), False, False)
-    loss, statistics, classes, undefined = analyse_tile(a, b, high, low, column, inv_temperature, DIVERGENCE)
+    a, b, first, plain = read_classes(a_at, b_at, None, column, inside & (weight != 0.0), False, False)
+    loss, statistics, classes, undefined = analyse_tile(a, b, first, plain, column, inv_temperature, DIVERGENCE, False)
     tl.store(loss_ptr + row, tl.where(weight != 0.0, loss, 0.0), mask=exists)
     if WANTS_STATS:
         _store_statistics(stats_ptr, rows, row, statistics, undefined, exists)
@@ -173,9 +173,9 @@ def _stream_rows(
         _store_statistics(stats_ptr, rows, row, statistics, undefined, row < rows)
     if WANTS_A or WANTS_B:
         upstream = weight * grad_scale * inv_temperature
-        for start in range(0, columns, BLOCK):
+        for start in range(0, columns, BLOCK // 2):
             column, classes = stream_classes(
-                a_row, b_row, None, start, length, statistics, inv_temperature, False, False, BLOCK
+                a_row, b_row, None, start, length, statistics, inv_temperature, False, False, BLOCK // 2
             )
             _store_gradients(
                 grad_a_ptr,
@@ -232,10 +232,10 @@ def _gradient(
     wanted = inside & (upstream != 0.0)
     a_at = a_ptr + row_offset(row, inner, a_stride_outer, a_stride_inner) + column
     b_at = b_ptr + row_offset(row, inner, b_stride_outer, b_stride_inner) + column
-    _, b, apart, _ = read_classes(a_at, b_at, None, column, wanted, False, False)
+    a, b, _, _ = read_classes(a_at, b_at, None, column, wanted, False, False)
     undefined = lse_b != lse_b
     statistics = (tl.where(undefined, 0.0, lse_b), c, log_ratio, mean_p, mean_q)
-    classes = classes_of(apart, tl.where(undefined, -INFINITY, b), statistics, inv_temperature)
+    classes = classes_of(a - b, tl.where(undefined, -INFINITY, b), statistics, inv_temperature)
     _store_gradients(
         grad_a_ptr,
         grad_b_ptr,
