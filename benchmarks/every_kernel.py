@@ -12,6 +12,8 @@ import sys
 import torch
 
 import alum_kernels
+from alum_kernels.backends.reference import symmetric_kl as reference
+from alum_kernels.ops.dispatch import implementation
 from alum_kernels.ops.projected_ascent import LEVELS, NORMALIZE, NORMS
 
 COLUMNS = (1, 3, 64, 65, 130, 2056, 30522)
@@ -84,10 +86,39 @@ def divergence_kernels(backend: str, device: torch.device) -> int:
                 total, grad = alum_kernels.symmetric_kl_grad(
                     a, b, mask=mask, divergence=divergence, gradient="detach_clean", backend=served
                 )
-                results[served] = (loss.detach(), left.grad, right.grad, total, grad)
+                both = alum_kernels.symmetric_kl_grad(
+                    a, b, mask=mask, divergence=divergence, clean_gradient=True, backend=served
+                )
+                results[served] = (loss.detach(), left.grad, right.grad, total, grad, *both)
             for ours, expected in zip(results[backend], results["reference"], strict=True):
                 close(f"{divergence} {columns} {dtype}", ours, expected, dtype)
-            calls += 3
+            calls += 4
+    return calls
+
+
+def linear_kernels(backend: str, device: torch.device) -> int:
+    """Rows of the linear divergence: both forms, every gradient dtype, in place where that can be."""
+    calls, rows = 0, implementation("linear_symmetric_kl", backend).divergence_rows
+    for columns, divergence, differences in itertools.product(COLUMNS, ("symmetric_kl", "kl"), (True, False)):
+        b, bias = torch.randn(1, 5, columns, device=device), torch.randn(columns, device=device)
+        first = 0.1 * torch.randn_like(b)
+        if not differences:
+            first = b + first
+        weight = torch.tensor([[0.5, 0.5, 0.0, 1.0, 2.0]], device=device)
+        wide = [x[0].double() for x in ((b + first if differences else first), b)]
+        wide = [x + bias.double() for x in wide]
+        options = {"divergence": divergence, "inv_temperature": 1.0}
+        expected, _ = reference.loss(*wide, weight[0].double(), **options)
+        da, db = reference.gradient(*wide, weight[0].double(), gradient="full", **options)
+        for dtype in DTYPES if device.type == "cuda" or backend == "triton" else DTYPES[:1]:
+            in_place = dtype == torch.float32
+            loss = torch.empty_like(weight)
+            inputs = [first.clone(), b.clone()]
+            grads = inputs if in_place else [torch.empty_like(x, dtype=dtype) for x in inputs]
+            rows(*inputs, bias, weight, loss, *grads, differences, divergence, "full", 1.0)
+            for ours, theirs in zip((loss, *grads), (expected, da, da + db), strict=True):
+                close(f"linear {divergence} {columns} {dtype}", ours[0], theirs, dtype)
+            calls += 1
     return calls
 
 
@@ -99,7 +130,7 @@ def main() -> int:
     device = torch.device(chosen.device)
     torch.manual_seed(0)
     for backend in chosen.backend:
-        calls = token_kernels(backend, device) + divergence_kernels(backend, device)
+        calls = token_kernels(backend, device) + divergence_kernels(backend, device) + linear_kernels(backend, device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         print(f"{backend} on {device}: {calls} calls agree with the reference")

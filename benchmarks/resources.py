@@ -55,7 +55,11 @@ class Variant:
     warps: int
 
 
-def _types(kernel: Any, storage: str, constants: dict[str, Any]) -> dict[str, str]:
+STORED = ("embeds_ptr", "grad_ptr", "perturbed_ptr", "a_ptr", "b_ptr", "grad_a_ptr", "grad_b_ptr", "grad_sum_ptr")
+"""Pointers to tensors in a storage dtype."""
+
+
+def _types(kernel: Any, storage: str, constants: dict[str, Any], stored: tuple[str, ...] = STORED) -> dict[str, str]:
     """Signature of a kernel by the names of its arguments."""
     kinds = {}
     for name in kernel.arg_names:
@@ -63,7 +67,7 @@ def _types(kernel: Any, storage: str, constants: dict[str, Any]) -> dict[str, st
             kinds[name] = "constexpr"
         elif name == "seed_ptr" or name == "mask_ptr":
             kinds[name] = "*i64"
-        elif name in ("embeds_ptr", "grad_ptr", "perturbed_ptr", "a_ptr", "b_ptr", "grad_a_ptr", "grad_b_ptr"):
+        elif name in stored:
             kinds[name] = POINTERS[storage]
         elif name.endswith("_ptr"):
             kinds[name] = "*fp32"
@@ -78,10 +82,25 @@ def _types(kernel: Any, storage: str, constants: dict[str, Any]) -> dict[str, st
 
 def triton_variants(every: bool = False) -> Iterator[Variant]:
     """Every Triton kernel, with each branch compiled at least once; ``every`` combination of choices if asked for."""
-    from alum_kernels.backends.triton import noise_init, projected_ascent, symmetric_kl
+    from alum_kernels.backends.triton import linear_symmetric_kl, noise_init, projected_ascent, symmetric_kl
 
     def variant(name: str, kernel: Any, storage: str, warps: int, **constants: Any) -> Variant:
         return Variant(f"{name} {storage}", kernel, _types(kernel, storage, constants), constants, warps)
+
+    def linear_variants(name: str, storage: str, constants: dict[str, Any]) -> Iterator[Variant]:
+        outputs = ("grad_a_ptr", "grad_sum_ptr")
+        for columns in (4, 2048):
+            shape = {"ROWS": min(linear_symmetric_kl.TILE_COLUMNS // columns, 256), "COLUMNS": columns}
+            kernel, chosen = linear_symmetric_kl._tile_linear_rows, constants | shape
+            yield Variant(
+                f"{name} tile V={columns} {storage}", kernel, _types(kernel, storage, chosen, outputs), chosen, 4
+            )
+        kernel, chosen = (
+            linear_symmetric_kl._stream_linear_rows,
+            constants | {"BLOCK": linear_symmetric_kl.STREAM_BLOCK},
+        )
+        types, warps = _types(kernel, storage, chosen, outputs), linear_symmetric_kl.STREAM_WARPS
+        yield Variant(f"{name} stream {storage}", kernel, types, chosen, warps)
 
     norms, normalizations = ("linf", "l2", "linf_rescale", "none"), ("none", "l2", "linf", "sign")
     climbs = list(itertools.product(norms, normalizations) if every else zip(norms, normalizations, strict=True))
@@ -106,12 +125,11 @@ def triton_variants(every: bool = False) -> Iterator[Variant]:
                 )  # fmt: skip
         for divergence, convention in divergences:
             label = f"{divergence} {convention}"
-            for wants_gradient in (True, False):
+            for role in ("loss+gradients", "loss+gradient", "loss"):
                 common = {
                     "DIVERGENCE": divergence, "CONVENTION": convention, "HAS_WEIGHT": True,
-                    "WANTS_STATS": not wants_gradient, "WANTS_GRADIENT": wants_gradient,
+                    "WANTS_STATS": role == "loss", "WANTS_A": role != "loss", "WANTS_B": role == "loss+gradients",
                 }  # fmt: skip
-                role = "loss+gradient" if wants_gradient else "loss"
                 for columns in (4, 64, 2048) if every else (4, 2048):
                     yield variant(
                         f"{role} tile V={columns} {label}", symmetric_kl._tile_rows, storage, 4, **common,
@@ -119,7 +137,7 @@ def triton_variants(every: bool = False) -> Iterator[Variant]:
                     )  # fmt: skip
                 yield variant(
                     f"{role} stream {label}",
-                    symmetric_kl.stream_rows,
+                    symmetric_kl._stream_rows,
                     storage,
                     symmetric_kl.STREAM_WARPS,
                     **common,
@@ -131,6 +149,13 @@ def triton_variants(every: bool = False) -> Iterator[Variant]:
                     CONVENTION=convention, WANTS_A=True, WANTS_B=True,
                     ROWS=min(symmetric_kl.GRADIENT_BLOCK // columns, 256), COLUMNS=columns,
                 )  # fmt: skip
+            for differences, wanted in itertools.product((True, False), ("sum", "one", "loss") if every else ("sum",)):
+                constants = {
+                    "DIVERGENCE": divergence, "CONVENTION": convention, "DIFFERENCES": differences, "HAS_BIAS": True,
+                    "HAS_WEIGHT": True, "WANTS_A": wanted != "loss",
+                    "WANTS_SUM": wanted == "sum" and convention == "full",
+                }  # fmt: skip
+                yield from linear_variants(f"linear {wanted} {'d' if differences else 'a'} {label}", storage, constants)
 
 
 def _tool(name: str) -> str:

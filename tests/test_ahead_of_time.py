@@ -20,9 +20,10 @@ if not (ROOT / "benchmarks" / "resources.py").exists():
 REPRESENTATIVE = {
     "noise_init normal bf16": 90,
     "projected_ascent l2 l2 token seed fp32": 80,
-    "loss+gradient tile V=2048 symmetric_kl full fp32": 90,
-    "loss+gradient stream kl full bf16": 100,
+    "loss+gradients tile V=2048 symmetric_kl full fp32": 90,
+    "loss+gradients stream kl full bf16": 100,
     "gradient V=4096 symmetric_kl full fp32": 90,
+    "linear sum d symmetric_kl full stream fp32": 90,
 }
 
 COMPILE = """

@@ -159,12 +159,14 @@ def test_row_offsets_beyond_two_to_the_thirty_one():
 def test_triton_offsets_are_sixty_four_bit():
     """Row and token numbers are widened before anything multiplies them."""
     pytest.importorskip("triton")
-    from alum_kernels.backends.triton import noise_init, projected_ascent, symmetric_kl
+    from alum_kernels.backends.triton import linear_symmetric_kl, noise_init, projected_ascent, symmetric_kl
 
     sources = {
         symmetric_kl._tile_rows: "row = tl.program_id(0).to(tl.int64)",
-        symmetric_kl.stream_rows: "row = tl.program_id(0).to(tl.int64)",
+        symmetric_kl._stream_rows: "row = tl.program_id(0).to(tl.int64)",
         symmetric_kl._gradient: "row = tl.program_id(0).to(tl.int64)",
+        linear_symmetric_kl._tile_linear_rows: "row = tl.program_id(0).to(tl.int64)",
+        linear_symmetric_kl._stream_linear_rows: "row = tl.program_id(0).to(tl.int64)",
         noise_init._noise_init: "token = tl.program_id(0).to(tl.int64)",
         projected_ascent._ascend: "begin = tl.program_id(0).to(tl.int64)",
         projected_ascent._tile: ".to(tl.int64)",

@@ -16,59 +16,47 @@ from alum_kernels.backends.triton.divergence import (
     LOWEST,
     NARROW,
     NO_WEIGHT,
-    SERIES,
-    class_gradient,
-    row_offset,
-    settled,
+    REGULAR,
+    apart,
+    classes_of,
+    kind_of,
+    kl_q_term,
+    loss_of,
+    read_classes,
     weights,
 )
-from alum_kernels.backends.triton.elementary import exp_sum, expm1, g_series, log, log1p, narrowed
+from alum_kernels.backends.triton.elementary import exp_sum, expm1, log, log1p
+
+STREAM_BLOCK, STREAM_WARPS = 8192, 16
+"""Columns of a streamed block, and the warps that no architecture spills with."""
 
 
 @triton.jit
-def _block(a_ptr, b_ptr, start, columns, BLOCK: tl.constexpr):
-    """Columns [start, start + BLOCK) of a row; those beyond it are -inf on both sides."""
+def _block(
+    first_row, b_row, bias, start, columns, DIFFERENCES: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Columns [start, start + BLOCK) of a row: (column, a, b, a - b); beyond ``columns`` both logits are -inf."""
     column = start + tl.arange(0, BLOCK)
-    inside = column < columns
-    a = tl.load(a_ptr + column, mask=inside, other=-INFINITY).to(tl.float32)
-    b = tl.load(b_ptr + column, mask=inside, other=-INFINITY).to(tl.float32)
-    return column, a, b
+    a, b, first, plain = read_classes(
+        first_row + column, b_row + column, bias, column, column < columns, DIFFERENCES, HAS_BIAS
+    )
+    high, _ = apart(first, plain, DIFFERENCES)
+    return column, a, b, high
 
 
 @triton.jit
-def stream_rows(
-    a_ptr,  # (O, I, V)
-    b_ptr,  # (O, I, V)
-    weight_ptr,  # (O, I) fp32
-    loss_ptr,  # (N,) fp32
-    stats_ptr,  # (5, N) fp32
-    grad_ptr,  # (N, V)
-    rows,
-    columns,
-    inner,
-    a_stride_outer,
-    a_stride_inner,
-    b_stride_outer,
-    b_stride_inner,
-    weight_stride_outer,
-    weight_stride_inner,
+def analyse_stream(
+    first_row,  # (V,) of a row: a, or a - b with DIFFERENCES
+    b_row,  # (V,) of a row
+    bias,  # (V,) fp32, with HAS_BIAS
+    length,  # V, or 0 for a row that is skipped
     inv_temperature,
-    grad_scale,
     DIVERGENCE: tl.constexpr,
-    CONVENTION: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    WANTS_STATS: tl.constexpr,
-    WANTS_GRADIENT: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    weight = 1.0
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + row_offset(row, inner, weight_stride_outer, weight_stride_inner))
-    a_row = a_ptr + row_offset(row, inner, a_stride_outer, a_stride_inner)
-    b_row = b_ptr + row_offset(row, inner, b_stride_outer, b_stride_inner)
-    length = tl.where(weight != 0.0, columns, 0)
-
+    """(loss, statistics, undefined) of a row."""
     max_a = tl.full((), -INFINITY, tl.float32)
     max_b = tl.full((), -INFINITY, tl.float32)
     c = tl.full((), 0.0, tl.float32)
@@ -79,21 +67,16 @@ def stream_rows(
     sum_c = tl.full((), 0.0, tl.float64)
     sum_p = tl.full((), 0.0, tl.float64)
     wide = tl.full((), 0, tl.int32)
-    irregular = tl.full((), 0, tl.int32)
-    one_sided = tl.full((), 0, tl.int32)
-    alive = tl.full((), 0, tl.int32)
+    kind = tl.full((), 0, tl.int32)
     for start in range(0, length, BLOCK):
-        column, a, b = _block(a_row, b_row, start, columns, BLOCK)
-        regular = (a < INFINITY) & (b < INFINITY)
-        half_dead = (a == -INFINITY) != (b == -INFINITY)
-        irregular = tl.maximum(irregular, tl.max(tl.where(regular, 0, 1), 0))
-        one_sided = tl.maximum(one_sided, tl.max(tl.where(half_dead, 1, 0), 0))
-        dead = (b == -INFINITY) | half_dead | (regular == 0)
-        alive = tl.maximum(alive, tl.max(tl.where(dead, 0, 1), 0))
+        column, a, b, difference = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
+        kinds = kind_of(a, b)
+        kind = tl.maximum(kind, tl.max(kinds, 0))
+        dead = kinds != REGULAR
         a, b = tl.where(dead, LOWEST, a), tl.where(dead, LOWEST, b)
-        apart = tl.where(dead, 0.0, a - b)
+        difference = tl.where(dead, 0.0, difference)
         block_b = tl.max(b, 0)
-        block_c = tl.sum(tl.where(column == start + tl.argmax(b, 0), apart, 0.0), 0)
+        block_c = tl.sum(tl.where(column == start + tl.argmax(b, 0), difference, 0.0), 0)
         grows = block_b > max_b
         new_b, new_c = tl.where(grows, block_b, max_b), tl.where(grows, block_c, c)
         max_a = tl.maximum(max_a, tl.max(a, 0))
@@ -115,17 +98,17 @@ def stream_rows(
         max_b, c = new_b, new_c
 
         wide = tl.where(((max_a - max_b) - c) * inv_temperature > NARROW, 1, wide)
-        d = tl.where(dead, 0.0, (apart - c) * inv_temperature)
+        d = tl.where(dead, 0.0, (difference - c) * inv_temperature)
         bounded = tl.minimum(d, 2.0 * NARROW)  # beyond, the row is wide, or the class weighs nothing
-        w1, w2, difference = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0, bounded)
+        w1, w2, gain = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0, bounded)
         l1 += tl.sum(w1, 0).to(tl.float64)
         l2 += tl.sum(w2, 0).to(tl.float64)
         sum_p += tl.sum(w1 * d, 0).to(tl.float64)
         sum_a += tl.sum(w2 * d, 0).to(tl.float64)
-        sum_b += tl.sum(difference, 0).to(tl.float64)
-        sum_c += tl.sum(difference * d, 0).to(tl.float64)
+        sum_b += tl.sum(gain, 0).to(tl.float64)
+        sum_c += tl.sum(gain * d, 0).to(tl.float64)
 
-    undefined = (irregular != 0) | (one_sided != 0) | (alive == 0)
+    undefined = kind != REGULAR
     if (wide != 0) & (undefined == 0):
         # one side underflows against the other: a maximum for each
         l1 = tl.full((), 0.0, tl.float64)
@@ -133,9 +116,9 @@ def stream_rows(
         sum_a = tl.full((), 0.0, tl.float64)
         sum_p = tl.full((), 0.0, tl.float64)
         for start in range(0, length, BLOCK):
-            column, a, b = _block(a_row, b_row, start, columns, BLOCK)
+            column, a, b, difference = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
             dead = b == -INFINITY
-            d = tl.where(dead, 0.0, ((a - b) - c) * inv_temperature)
+            d = tl.where(dead, 0.0, (difference - c) * inv_temperature)
             w1 = exp_sum(tl.where(dead, NO_WEIGHT, (a - max_a) * inv_temperature), d * 0.0)
             w2 = exp_sum(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0)
             l1 += tl.sum(w1, 0).to(tl.float64)
@@ -158,27 +141,29 @@ def stream_rows(
         # as a value KL(q||p) is a sum of terms >= 0, with Lambda known
         total = tl.full((), 0.0, tl.float64)
         for start in range(0, length, BLOCK):
-            column, a, b = _block(a_row, b_row, start, columns, BLOCK)
+            column, a, b, difference = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
             dead = (b == -INFINITY) | (undefined != 0)
-            u = tl.where(dead, 0.0, ((a - b) - c) * inv_temperature - log_ratio)
-            w1, w2, difference = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), u * 0.0, u)
-            near_u = tl.abs(u) < SERIES
-            term = tl.where(near_u, w2 * g_series(tl.where(near_u, u, 0.0)), difference - w2 * u)
-            total += tl.sum(term, 0).to(tl.float64)
+            u = tl.where(dead, 0.0, (difference - c) * inv_temperature - log_ratio)
+            w1, w2, gain = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), u * 0.0, u)
+            total += tl.sum(kl_q_term(w2, gain, u), 0).to(tl.float64)
         loss = (total / l2).to(tl.float32)
 
-    loss = tl.where(undefined, tl.where((irregular == 0) & (one_sided != 0), INFINITY, float("nan")), loss)
-    tl.store(loss_ptr + row, tl.where(weight != 0.0, loss, 0.0))
-    if WANTS_STATS:
-        tl.store(stats_ptr + row, tl.where(undefined, float("nan"), lse_b))
-        tl.store(stats_ptr + rows + row, c)
-        tl.store(stats_ptr + 2 * rows + row, log_ratio)
-        tl.store(stats_ptr + 3 * rows + row, mean_p)
-        tl.store(stats_ptr + 4 * rows + row, mean_q)
-    if WANTS_GRADIENT:
-        upstream = weight * grad_scale * inv_temperature
-        for start in range(0, columns, BLOCK):
-            column, a, b = _block(a_row, b_row, start, length, BLOCK)
-            da, _ = class_gradient(a, b, lse_b, c, log_ratio, mean_p, mean_q, inv_temperature, DIVERGENCE, CONVENTION)
-            da = settled(da, upstream + da * 0.0, undefined)
-            tl.store(grad_ptr + row * columns + column, narrowed(da, grad_ptr.dtype.element_ty), mask=column < columns)
+    return loss_of(kind, loss), (lse_b, c, log_ratio, mean_p, mean_q), undefined
+
+
+@triton.jit
+def stream_classes(
+    first_row,  # (V,) of a row: a, or a - b with DIFFERENCES
+    b_row,  # (V,) of a row
+    bias,  # (V,) fp32, with HAS_BIAS
+    start,
+    length,
+    statistics,
+    inv_temperature,
+    DIFFERENCES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(column, classes) of a block of a row that has been analysed."""
+    column, _, b, difference = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
+    return column, classes_of(difference, b, statistics, inv_temperature)
