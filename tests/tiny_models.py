@@ -167,3 +167,69 @@ class Gradients:
 
     def flat(self) -> Tensor:
         return torch.cat([grad.flatten() for grad in self.values.values() if grad is not None])
+
+
+_TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "pad_token_id": PADDING,
+    "initializer_range": 0.2,
+}
+_IDS = {"bos_token_id": 0, "eos_token_id": 2}
+_SPECIAL = {**_IDS, "cls_token_id": 0, "sep_token_id": 2}
+
+MASKED_LMS = {
+    "bert": (transformers.BertForMaskedLM, transformers.BertConfig, _TINY),
+    "roberta": (transformers.RobertaForMaskedLM, transformers.RobertaConfig, {**_TINY, **_IDS}),
+    "albert": (transformers.AlbertForMaskedLM, transformers.AlbertConfig, {**_TINY, "embedding_size": 8, **_IDS}),
+    "electra": (transformers.ElectraForMaskedLM, transformers.ElectraConfig, {**_TINY, "embedding_size": 8}),
+    "deberta-v2": (transformers.DebertaV2ForMaskedLM, transformers.DebertaV2Config, _TINY),
+    "distilbert": (
+        transformers.DistilBertForMaskedLM,
+        transformers.DistilBertConfig,
+        {"vocab_size": VOCABULARY, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, "pad_token_id": PADDING},
+    ),
+    "modernbert": (transformers.ModernBertForMaskedLM, transformers.ModernBertConfig, {**_TINY, **_SPECIAL}),
+}
+CAUSAL_LMS = {
+    "gpt2": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config,
+        {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24, **_IDS},
+    ),
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {**_TINY, **_IDS}),
+    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {**_TINY, "num_key_value_heads": 2, **_IDS}),
+    "gemma2": (
+        transformers.Gemma2ForCausalLM,
+        transformers.Gemma2Config,
+        {**_TINY, "num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0, **_IDS},
+    ),
+    "cohere": (transformers.CohereForCausalLM, transformers.CohereConfig, {**_TINY, "logit_scale": 0.25, **_IDS}),
+    "granite": (transformers.GraniteForCausalLM, transformers.GraniteConfig, {**_TINY, "logits_scaling": 4.0, **_IDS}),
+}
+LANGUAGE_MODELS = {**MASKED_LMS, **CAUSAL_LMS}
+
+
+def language_model(name: str, *, seed: int = 0) -> nn.Module:
+    """A masked or causal language model without dropout."""
+    torch.manual_seed(seed)
+    kind, config, options = LANGUAGE_MODELS[name]
+    model = kind(config(**options)).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def bert_pretraining(*, seed: int = 0) -> nn.Module:
+    """BERT with both of its pre-training heads, without dropout."""
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(**_BERT, **_dropout(_BERT_DROPOUT, 0.0))
+    return transformers.BertForPreTraining(config).train()
+
+
+def pretraining_batch(samples: int = 4, length: int = 7) -> dict[str, Tensor]:
+    return {**masked_lm_batch(samples, length), "next_sentence_label": torch.arange(samples) % 2}
