@@ -388,13 +388,13 @@ def test_rows_anywhere_in_memory(cuda, columns, dtype):
         check_divergence(cuda, placed(a), b, divergence="symmetric_kl")
 
 
-@pytest.mark.parametrize("shared_limit", [UNSTAGED, 227 * 1024])
 @pytest.mark.parametrize("divergence", ["symmetric_kl", "kl"])
-@pytest.mark.parametrize("columns", [1, 2, 64, 65, 128, 2056])
+@pytest.mark.parametrize(
+    ("columns", "shared_limit"),
+    [*itertools.product((1, 2, 64, 65, 128, 2056), (227 * 1024,)), *itertools.product((65, 128, 2056), (UNSTAGED,))],
+)
 def test_edges(cuda, columns, divergence, shared_limit):
     """Rows that stand beside each other do not touch each other."""
-    if columns <= 64 and shared_limit == UNSTAGED:
-        pytest.skip("short rows are always staged")
     check_edges(cuda, columns, divergence, shared_limit=shared_limit)
 
 
@@ -456,3 +456,200 @@ def test_one_side_alone_and_scaled(cuda, columns):
         _, raised, _ = cuda.loss_and_gradient(a, b, weight * 2.0**10, grad_scale=scale, wants_b=True, **options)
         assert torch.equal(bits(scaled), bits(raised))
         assert (scaled == 0).all() == (scale == 0)
+
+
+# ---- rows over the blocks of a cluster ----
+
+
+def shared_for(columns: int, element_bytes: int, blocks: int) -> int:
+    """A shared memory of which two slices fill a multiprocessor only where ``blocks`` share a row."""
+    words = -(-(columns + 2 * (16 // element_bytes) - 2) // (16 // element_bytes))
+    return 2 * (UNSTAGED + 2 * 16 * -(-words // blocks)) + 1024
+
+
+@pytest.mark.parametrize("blocks", [2, 4, 8])
+@pytest.mark.parametrize("divergence", ["symmetric_kl", "kl"])
+@pytest.mark.parametrize(
+    ("columns", "dtype"), [(1000, torch.float32), (2056, torch.bfloat16), (3001, torch.float32), (3003, torch.float16)]
+)
+def test_divergence_over_a_cluster(cuda, columns, dtype, divergence, blocks):
+    a, b = hard_logits(12, columns, dtype, seed=7)
+    changes = {"capability": 90, "shared_limit": shared_for(columns, dtype.itemsize, blocks)}
+    check_divergence(cuda, surrounded(a), surrounded(b), divergence=divergence, **changes)
+    assert cuda.last_cluster() == blocks
+
+
+@pytest.mark.parametrize("columns", [30522, 128256])
+def test_vocabularies_over_a_cluster(cuda, columns):
+    changes = {"capability": 90, "multiprocessors": 1}
+    check_divergence(cuda, *hard_logits(4, columns), divergence="symmetric_kl", **changes)
+    assert cuda.last_cluster() == (4 if columns == 30522 else 8)
+
+
+def test_few_rows_take_more_blocks(cuda):
+    a, b = hard_logits(3, 8200, torch.bfloat16, seed=8)
+    for multiprocessors, blocks in ((3, 1), (6, 2), (100, 4)):
+        changes = {"capability": 90, "multiprocessors": multiprocessors}
+        check_divergence(cuda, a, b, divergence="symmetric_kl", **changes)
+        assert cuda.last_cluster() == blocks
+    check_divergence(cuda, a, b, divergence="symmetric_kl", capability=89, multiprocessors=100)
+    assert cuda.last_cluster() == 1
+    # where not even a cluster can stage them
+    check_divergence(cuda, a, b, divergence="symmetric_kl", capability=90, multiprocessors=100, shared_limit=UNSTAGED)
+    assert cuda.last_cluster() == 4
+
+
+@pytest.mark.parametrize("blocks", [2, 8])
+@pytest.mark.parametrize("divergence", ["symmetric_kl", "kl"])
+@pytest.mark.parametrize("columns", [65, 129, 2056])
+def test_edges_over_a_cluster(cuda, columns, divergence, blocks):
+    """Rows that all blocks leave out, or leave early, stand between others; slices may be empty."""
+    check_edges(cuda, columns, divergence, capability=90, shared_limit=shared_for(columns, 4, blocks))
+
+
+# ---- rows of the linear divergence ----
+
+
+def linear_case(rows, columns, differences, *, seed=0, biased=True):
+    """The kernel's inputs, and the float64 logits that they stand for."""
+    a, b = hard_logits(rows, columns, seed=seed)
+    bias = torch.randn(columns, generator=generator(seed + 1)) if biased else None
+    first = (a - b) if differences else a
+    added = 0 if bias is None else bias.double()
+    exact_b = b.double() + added
+    exact_a = exact_b + first.double() if differences else a.double() + added
+    return first, b, bias, exact_a, exact_b
+
+
+def check_linear(
+    cuda,
+    rows,
+    columns,
+    *,
+    differences,
+    divergence="symmetric_kl",
+    gradient="full",
+    seed=0,
+    biased=True,
+    inv_temperature=1.0,
+    grad_dtype=torch.float32,
+    offset=0,
+    in_place=False,
+    **changes,
+):
+    """Loss, d/da and d/da + d/db against the reference in float64; the sum also against its own rounding."""
+    first, b, bias, exact_a, exact_b = linear_case(rows, columns, differences, seed=seed, biased=biased)
+    weight = 0.5 + torch.rand(1, rows, generator=generator(5))
+    weight[0, 1] = 0
+    scale = 2.0**12 if grad_dtype == torch.float16 else 0.5
+    options = {"divergence": divergence, "inv_temperature": inv_temperature}
+    expected, _ = reference_kl.loss(exact_a, exact_b, weight.double(), **options)
+    upstream = weight.double() * scale
+    wants_sum = gradient == "full"
+    da, db = reference_kl.gradient(exact_a, exact_b, upstream, gradient=gradient, **options)
+    inputs = surrounded(first, offset), surrounded(b, offset), None if bias is None else surrounded(bias)
+    loss, grad_a, grad_sum = on_every_device(
+        cuda,
+        lambda: cuda.linear_rows(
+            *inputs, weight, differences=differences, gradient=gradient, grad_scale=scale, grad_dtype=grad_dtype,
+            wants_sum=wants_sum, in_place=in_place, **options,
+        ),
+        **changes,
+    )  # fmt: skip
+    # with logits rounded after the bias the value is what fp32 logits allow; differences are exact
+    counted = expected >= SMALLEST_NORMAL
+    worst = ((loss - expected).abs() / expected)[counted].max().item()
+    assert worst <= (4e-6 if columns <= 64 else 2e-6), worst
+    assert (loss[weight == 0] == 0).all()
+    for side, wanted in ((grad_a, da), *(((grad_sum, da + db),) if wants_sum else ())):
+        whole, median = relative_errors(side, wanted)
+        assert whole <= 1e-5 + rounding(grad_dtype), whole
+        if grad_dtype != torch.float16:
+            assert median <= 1e-5 + rounding(grad_dtype), median
+    assert (grad_a[weight == 0] == 0).all()
+    return loss, grad_a, grad_sum
+
+
+@pytest.mark.parametrize("differences", [False, True])
+@pytest.mark.parametrize("divergence", ["symmetric_kl", "kl"])
+@pytest.mark.parametrize("columns", [2, 3, 64, 65, 130, 2056])
+def test_linear(cuda, columns, divergence, differences):
+    check_linear(cuda, 24, columns, differences=differences, divergence=divergence)
+    check_linear(cuda, 24, columns, differences=differences, divergence=divergence, biased=False, offset=1)
+
+
+@pytest.mark.parametrize("differences", [False, True])
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+@pytest.mark.parametrize("columns", [66, 1000])
+def test_linear_gradients_of_every_type(cuda, columns, grad_dtype, differences):
+    check_linear(cuda, 16, columns, differences=differences, grad_dtype=grad_dtype, inv_temperature=0.5)
+    check_linear(cuda, 16, columns, differences=differences, grad_dtype=grad_dtype, divergence="kl", offset=2)
+
+
+@pytest.mark.parametrize("differences", [False, True])
+@pytest.mark.parametrize(("columns", "blocks"), [(20000, 1), (3001, 1), (3001, 2), (3001, 4), (3001, 8)])
+def test_linear_in_place(cuda, columns, blocks, differences):
+    """Gradients written over the logits are those written elsewhere, staged or not, over a cluster or not."""
+    limits = [shared_for(columns, 4, blocks)] if blocks > 1 else [UNSTAGED, 227 * 1024]
+    for limit in limits:
+        options = {"differences": differences, "capability": 90 if blocks > 1 else 80, "shared_limit": limit, "seed": 3}
+        apart = check_linear(cuda, 6, columns, **options)
+        together = check_linear(cuda, 6, columns, in_place=True, **options)
+        assert cuda.last_cluster() == blocks
+        for x, y in zip(apart, together, strict=True):
+            assert torch.equal(bits(x), bits(y))
+
+
+@pytest.mark.parametrize("gradient", ["detach_targets", "detach_clean"])
+@pytest.mark.parametrize("divergence", ["symmetric_kl", "kl"])
+@pytest.mark.parametrize("differences", [False, True])
+def test_linear_conventions(cuda, differences, divergence, gradient):
+    check_linear(cuda, 16, 300, differences=differences, divergence=divergence, gradient=gradient, seed=4)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("differences", [False, True])
+@pytest.mark.parametrize(("columns", "changes"), [
+    (3, {}), (129, {}), (2056, {"shared_limit": UNSTAGED}), (2056, {"capability": 90, "shared_limit": 9000}),
+])  # fmt: skip
+def test_linear_edges(cuda, columns, changes, differences, in_place):
+    first, b, bias, _, _ = linear_case(12, columns, differences, seed=6)
+    inf, nan = float("inf"), float("nan")
+    last = columns - 1
+    b[0, 0, last], first[0, 0, last] = -inf, 0 if differences else -inf  # a dead class
+    first[0, 1, last] = -inf  # on one side
+    first[0, 2, 0], b[0, 3, last], first[0, 4, last], b[0, 5, 0] = nan, nan, inf, inf
+    first[0, 6], b[0, 6] = nan, nan  # masked
+    first[0, 7] = 0 if differences else b[0, 7]
+    exact_b = b.double() + bias.double()
+    exact_a = exact_b + first.double() if differences else first.double() + bias.double()
+    weight = torch.full((1, 12), 0.25)
+    weight[0, 6] = 0
+    options = {"divergence": "symmetric_kl", "inv_temperature": 1.0}
+    expected, _ = reference_kl.loss(exact_a, exact_b, weight.double(), **options)
+    da, db = reference_kl.gradient(exact_a, exact_b, weight.double(), gradient="full", **options)
+    inputs = surrounded(first), surrounded(b), surrounded(bias), weight
+    loss, grad_a, grad_sum = on_every_device(
+        cuda, lambda: cuda.linear_rows(*inputs, differences=differences, in_place=in_place, **options), **changes
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=4e-6, atol=0, equal_nan=True)
+    for side, wanted in ((grad_a, da), (grad_sum, da + db)):
+        assert torch.equal(side.isnan(), wanted.isnan())
+        rows = ~wanted.isnan().any(-1)
+        error, size = (side - wanted)[rows].norm(dim=-1), wanted[rows].norm(dim=-1)
+        assert (error <= 1e-4 * size).all(), (error / size).max()
+    assert (grad_a[weight == 0] == 0).all()
+    assert (grad_sum[weight == 0] == 0).all()
+
+
+def test_linear_without_gradients_or_sum(cuda):
+    first, b, bias, _, _ = linear_case(6, 500, True, seed=9)
+    cuda.on(Device())
+    options = {"differences": True, "divergence": "symmetric_kl"}
+    loss, grad_a, _ = cuda.linear_rows(first, b, bias, **options)
+    alone, none, _ = cuda.linear_rows(first, b, bias, grad_dtype=None, **options)
+    assert none is None
+    assert torch.equal(bits(alone), bits(loss))
+    alone, alone_a, none = cuda.linear_rows(first, b, bias, wants_sum=False, **options)
+    assert none is None
+    assert torch.equal(bits(alone_a), bits(grad_a))

@@ -64,7 +64,6 @@ constexpr int64_t kReservedBytes = 1024;      // of shared memory, taken by the 
 constexpr int kRegisters = 65536;             // of a multiprocessor
 constexpr int kRowRegisters = 80;             // of a thread of a longer row
 constexpr int64_t kLeastSliceColumns = 2048;  // below, the barriers of a further block cost more than it brings
-constexpr int64_t kMostSmallBlockColumns = 8192;
 
 inline int resident_blocks(const Machine& machine, int64_t shared_bytes, int threads, int registers) {
   const int64_t by_shared = (machine.shared_per_block + kReservedBytes) / (shared_bytes + kReservedBytes);
@@ -82,10 +81,10 @@ inline RowPlan plan_short_rows(int64_t columns, int element_bytes, const Machine
   return plan;
 }
 
-// A row in one block, if two such blocks share a multiprocessor: one waits for memory while the other computes.
-// Otherwise, where there are clusters, in the fewest blocks of which that is true, or in eight; streamed where eight do
-// not hold it. Rows too few to occupy the device are split further. Without clusters a row has one block, however few
-// the rows are.
+// A row in one block, if a multiprocessor holds two such blocks: one waits for memory while the other computes.
+// Otherwise, where there are clusters, in the fewest blocks of which that is true; if it is of none, in the fewest that
+// hold it; streamed where eight do not. Rows too few to occupy the device are split further. Without clusters a row has
+// one block, however few the rows are.
 inline RowPlan plan_long_rows(int64_t columns, int element_bytes, int64_t rows, const Machine& machine) {
   const int64_t pack = kWordBytes / element_bytes;
   // a row may begin anywhere in a word: up to pack - 1 places before it are padding
@@ -95,9 +94,11 @@ inline RowPlan plan_long_rows(int64_t columns, int element_bytes, int64_t rows, 
     return (machine.shared_per_block + kReservedBytes) / (kRoomBytes + 2 * side(blocks) + kReservedBytes);
   };
   const int most = machine.capability >= 90 ? kMostRowBlocks : 1;
-  int blocks = 1;
-  while (blocks < most && fitting(blocks) < 2) blocks *= 2;
-  const bool staged = fitting(blocks) >= 1;
+  int blocks = 0;
+  for (int wanted = 2; wanted >= 1 && blocks == 0; --wanted) {
+    for (int n = most; n >= 1 && fitting(n) >= wanted; n /= 2) blocks = n;
+  }
+  const bool staged = blocks > 0;
   if (!staged) blocks = 1;
   while (blocks < most && rows * blocks < machine.multiprocessors && columns / (2 * blocks) >= kLeastSliceColumns) {
     blocks *= 2;
@@ -107,13 +108,14 @@ inline RowPlan plan_long_rows(int64_t columns, int element_bytes, int64_t rows, 
   plan.path = staged ? RowPath::kStaged : RowPath::kStreamed;
   plan.blocks_per_row = blocks;
   const int64_t slice = (columns + blocks - 1) / blocks;
-  if (slice <= kMostSmallBlockColumns) {
-    plan.threads = slice <= 1024 ? 128 : 256;
+  if (slice <= 1024) {
+    plan.threads = 128;
   } else if (staged) {
-    // as many threads as leave registers for the blocks that shared memory has room for
+    // as many as leave registers for the blocks that shared memory has room for
     plan.threads = fitting(blocks) >= 3 ? 256 : fitting(blocks) == 2 ? 384 : kMostRowThreads;
   } else {
-    plan.threads = kMostRowThreads;  // the fewer rows are under way, the more of them L2 holds
+    // the fewer rows are under way, the more of them L2 holds
+    plan.threads = slice <= 8192 ? 256 : kMostRowThreads;
   }
   plan.side_bytes = staged ? side(blocks) : 0;
   plan.shared_bytes = kRoomBytes + 2 * plan.side_bytes;

@@ -130,6 +130,10 @@ class EmulatedCuda:
         self._library.emulated_device(*[ctypes.c_int64(v) for v in values])
         return self
 
+    def last_cluster(self) -> int:
+        """Blocks of a cluster in the last launch, 1 without."""
+        return self._library.emulated_last_cluster()
+
     def _call(self, name: str, *arguments: Tensor | float | bool | int | None) -> None:
         views = [_view(a) if isinstance(a, Tensor) else a for a in arguments]
         before = self._library.emulated_launches()

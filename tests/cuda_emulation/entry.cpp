@@ -96,6 +96,8 @@ void emulated_device(int order, int64_t shuffle_seed, int64_t shared_limit, int 
   device.shared = cuda::dynamic_shared;
 }
 
+int emulated_last_cluster() { return static_cast<int>(emulation::device.last_cluster); }
+
 int64_t emulated_launches() { return emulation::device.launches; }
 
 const char* emulated_noise_init(const View* embeds, const View* seed, const View* std_per_token, double std,

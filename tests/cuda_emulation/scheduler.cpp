@@ -333,6 +333,7 @@ void run_grid(Index grid, Index block, size_t shared_bytes, bool cooperative, un
   cluster_blocks = cluster;
   shuffle.seed(device.shuffle_seed);
   ++device.launches;
+  device.last_cluster = cluster;
   try {
     run_blocks(grid, static_cast<int>(block.x), shared_bytes);
   } catch (...) {

@@ -28,6 +28,7 @@ struct Device {
   unsigned largest_grid = 0x7fffffff;  // wider grids are cut to this: kernels stride over the rest
   unsigned char* shared = nullptr;     // kSharedCapacity bytes, page-aligned
   int64_t launches = 0;
+  unsigned last_cluster = 1;
 };
 inline Device device;
 
