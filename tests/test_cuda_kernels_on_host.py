@@ -106,6 +106,10 @@ def test_a_race_shows_between_orders(cuda):
     assert not torch.equal(ascending[32:], descending[32:])
 
 
+def test_a_copy_that_nobody_waited_for_shows(cuda):
+    assert cuda.on(Device()).misuse("copy_not_waited_for").isnan().all()
+
+
 # ---- noise ----
 
 
@@ -563,7 +567,9 @@ def check_linear(
     assert (loss[weight == 0] == 0).all()
     for side, wanted in ((grad_a, da), *(((grad_sum, da + db),) if wants_sum else ())):
         whole, median = relative_errors(side, wanted)
-        assert whole <= 1e-5 + rounding(grad_dtype), whole
+        # the sum over two classes may pass through zero, with nothing beside it that is larger
+        limit = 2e-5 if columns == 2 else 1e-5
+        assert whole <= limit + rounding(grad_dtype), whole
         if grad_dtype != torch.float16:
             assert median <= 1e-5 + rounding(grad_dtype), median
     assert (grad_a[weight == 0] == 0).all()

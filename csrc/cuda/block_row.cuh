@@ -38,14 +38,24 @@ class BlockRow {
     start_ = begin * kPack - shift;
   }
 
-  // body(logits, first, b) for the thread's elements, read from memory and staged where there is room.
+  // body(logits, first, b) for the thread's elements, read from memory and staged where there is room: then all of them
+  // are on their way at once.
   template <class Body>
   __device__ __forceinline__ void read(const Body& body) const {
+    if (side_ > 0) {
+      each([&](int i, int v) {
+        fetch_pack<kPack>(staged(i), first_, v, columns_, kOutside);
+        fetch_pack<kPack>(staged(i, side_), b_, v, columns_, kDead);
+      });
+      wait_for_fetched();
+    }
     each([&](int i, int v) {
-      const Stored pack = from_memory(v);
-      if (side_ > 0) {
-        *staged(i) = pack.first;
-        *staged(i, side_) = pack.b;
+      Stored pack = side_ > 0 ? Stored{*staged(i), *staged(i, side_)} : from_memory(v);
+      if constexpr (kForm == RowForm::kBiasedDifferences) {
+        if (side_ > 0) {
+          add_bias(pack.b, v);
+          *staged(i, side_) = pack.b;
+        }
       }
       spread(pack, v, body);
     });
@@ -93,6 +103,10 @@ class BlockRow {
   }
 
  private:
+  // What stands for a class beyond the row.
+  static constexpr float kDead = -__builtin_inff();
+  static constexpr float kOutside = kForm == RowForm::kBiasedDifferences ? 0.0f : kDead;
+
   struct Stored {
     Pack<T, kPack> first, b;
   };
@@ -113,16 +127,15 @@ class BlockRow {
     return bias_ != nullptr && v >= 0 && v < columns_ ? bias_[v] : 0.0f;
   }
 
-  // With differences, b gets its bias before it is staged; with two logits the bias is no part of their difference.
-  __device__ __forceinline__ Stored from_memory(int v) const {
-    constexpr float kDead = -__builtin_inff();
-    constexpr bool kDifferences = kForm == RowForm::kBiasedDifferences;
-    Stored pack{load_pack<kPack>(first_, v, columns_, kDifferences ? 0.0f : kDead),
-                load_pack<kPack>(b_, v, columns_, kDead)};
-    if constexpr (kDifferences) {
+  __device__ __forceinline__ void add_bias(Pack<T, kPack>& b, int v) const {
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) pack.b.values[j] += bias_at(v + j);
-    }
+    for (int j = 0; j < kPack; ++j) b.values[j] = narrow<T>(widen(b.values[j]) + bias_at(v + j));
+  }
+
+  // With differences, b is stored with its bias; with two logits the bias is no part of their difference.
+  __device__ __forceinline__ Stored from_memory(int v) const {
+    Stored pack{load_pack<kPack>(first_, v, columns_, kOutside), load_pack<kPack>(b_, v, columns_, kDead)};
+    if constexpr (kForm == RowForm::kBiasedDifferences) add_bias(pack.b, v);
     return pack;
   }
 

@@ -5,6 +5,8 @@
 // the row before. The first and the last word go element by element.
 #pragma once
 
+#include <cuda_pipeline.h>
+
 #include "cuda/runtime.cuh"
 
 namespace alum::cuda {
@@ -23,6 +25,21 @@ __device__ __forceinline__ Pack<T, kPack> load_pack(const T* row, int v, int col
 #pragma unroll
   for (int i = 0; i < kPack; ++i) pack.values[i] = v + i >= 0 && v + i < columns ? row[v + i] : narrow<T>(none);
   return pack;
+}
+
+// The same to shared memory, where this thread finds it after wait_for_fetched(): whole words go there past the
+// registers.
+template <int kPack, class T>
+__device__ __forceinline__ void fetch_pack(Pack<T, kPack>* to, const T* row, int v, int columns, float none) {
+  if constexpr (sizeof(*to) == 16) {
+    if (v >= 0 && v + kPack <= columns) return __pipeline_memcpy_async(to, row + v, sizeof(*to));
+  }
+  *to = load_pack<kPack>(row, v, columns, none);
+}
+
+__device__ __forceinline__ void wait_for_fetched() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
 }
 
 // Stores what of the pack is inside of the row; `in_step` if row + v is aligned to a pack.

@@ -1,5 +1,6 @@
 // Kernels that do what hardware leaves undefined: the emulation has to notice each of them.
 #include <cooperative_groups.h>
+#include <cuda_pipeline.h>
 
 #include <map>
 #include <string>
@@ -83,6 +84,15 @@ __global__ void beyond_shared(float* out) {
   out[threadIdx.x] = 1.0f;
 }
 
+__global__ void copy_not_waited_for(float* out) {
+  float* room = reinterpret_cast<float*>(dynamic_shared);
+  out[threadIdx.x] = 3.0f;
+  __pipeline_memcpy_async(room + threadIdx.x, out + threadIdx.x, sizeof(float));
+  __pipeline_commit();
+  out[threadIdx.x] = room[threadIdx.x];
+  __pipeline_wait_prior(0);
+}
+
 __global__ void misaligned(float* out) {
   const Pack<float, 4> four = *reinterpret_cast<const Pack<float, 4>*>(out + 1);
   out[threadIdx.x] = four.values[0];
@@ -117,6 +127,7 @@ extern "C" const char* emulated_misuse(const char* name, float* out) {
                                                         {"beyond_shared", beyond_shared},
                                                         {"misaligned", misaligned},
                                                         {"race", race},
+                                                        {"copy_not_waited_for", copy_not_waited_for},
                                                         {"grid_barrier_in_a_branch", grid_barrier_in_a_branch},
                                                         {"cluster_barrier", cluster_barrier},
                                                         {"cluster_barrier_in_a_branch", cluster_barrier_in_a_branch},

@@ -47,6 +47,12 @@ class Stack {
   unsigned char* base_;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Thread {
   Stack stack;
   ucontext_t first;    // how it starts
@@ -57,6 +63,7 @@ struct Thread {
   const void* site = nullptr;
   unsigned mask = 0;
   int value = 0, lanes = 0;
+  std::vector<Copy> copies;  // under way
 };
 
 std::vector<std::unique_ptr<Thread>> pool;  // threads are reused from block to block: a stack costs system calls
@@ -337,7 +344,10 @@ void run_grid(Index grid, Index block, size_t shared_bytes, bool cooperative, un
   try {
     run_blocks(grid, static_cast<int>(block.x), shared_bytes);
   } catch (...) {
-    for (auto& thread : pool) thread->started = false;
+    for (auto& thread : pool) {
+      thread->started = false;
+      thread->copies.clear();
+    }
     refusal.clear();
     throw;
   }
@@ -355,6 +365,22 @@ void wait_for_cluster() {
 }
 
 void* map_shared(void* address, unsigned rank) { return shared_memory->of_sibling(address, rank); }
+
+void copy_later(void* to, const void* from, size_t bytes) {
+  const auto aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || !aligned(to) || !aligned(from)) {
+    refuse("an asynchronous copy of %zu bytes, or misaligned", bytes);
+  }
+  const size_t offset = static_cast<unsigned char*>(to) - device.shared;
+  if (offset >= kSharedCapacity) refuse("an asynchronous copy to elsewhere than shared memory");
+  std::memset(to, kPoison, bytes);
+  current->copies.push_back({to, from, bytes});
+}
+
+void finish_copies() {
+  for (const Copy& copy : current->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  current->copies.clear();
+}
 
 unsigned cluster_rank() { return blockIdx.x % cluster_blocks; }
 

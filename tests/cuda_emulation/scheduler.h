@@ -54,6 +54,10 @@ int exchange(unsigned mask, int value, int lanes);
 void* map_shared(void* address, unsigned rank);
 unsigned cluster_rank();
 
+// An asynchronous copy, which is made when the thread waits for it; NaN lies there until then.
+void copy_later(void* to, const void* from, size_t bytes);
+void finish_copies();
+
 // Ends the launch from inside a kernel.
 [[noreturn]] void refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
