@@ -1,4 +1,4 @@
-"""The native row kernel of ``linear_symmetric_kl``: ``csrc/cpu/linear_symmetric_kl.h`` and ``csrc/cuda/symmetric_kl.cu``."""
+"""The native row kernel of ``linear_symmetric_kl``: ``csrc/{cpu,cuda}/linear_symmetric_kl.{h,cu}``."""
 
 import torch
 from torch import Tensor
