@@ -62,7 +62,8 @@ ALUM_INLINE int tile_pitch(int columns, int element_bytes) {
 constexpr int64_t kWordBytes = 16;            // of one access
 constexpr int64_t kReservedBytes = 1024;      // of shared memory, taken by the system for each block
 constexpr int kRegisters = 65536;             // of a multiprocessor
-constexpr int kRowRegisters = 80;             // of a thread of a longer row
+constexpr int kRowRegisters = 80;             // of a thread of a longer row, at most
+constexpr int kTileRegisters = 40;            // of a thread of a tile, at most
 constexpr int64_t kLeastSliceColumns = 2048;  // below, the barriers of a further block cost more than it brings
 
 inline int resident_blocks(const Machine& machine, int64_t shared_bytes, int threads, int registers) {
@@ -77,7 +78,7 @@ inline RowPlan plan_short_rows(int64_t columns, int element_bytes, const Machine
       static_cast<int64_t>(plan.threads) * tile_pitch(static_cast<int>(columns), element_bytes) * element_bytes;
   // where each row of the tile begins on either side
   plan.shared_bytes = 2 * plan.threads * static_cast<int64_t>(sizeof(int64_t)) + 2 * plan.side_bytes;
-  plan.resident = resident_blocks(machine, plan.shared_bytes, plan.threads, kRowRegisters);
+  plan.resident = resident_blocks(machine, plan.shared_bytes, plan.threads, kTileRegisters);
   return plan;
 }
 
