@@ -1,4 +1,7 @@
-"""``python -m alum_kernels``: what is installed, which backend serves which op here, and why the others do not."""
+"""``python -m alum_kernels``: what is installed, which backend serves which op here, and why the others do not.
+
+``python -m alum_kernels plan --vocab 50265`` tells how rows of a vocabulary are laid out on a GPU.
+"""
 
 import argparse
 import importlib.metadata
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 
 import alum_kernels
+from alum_kernels import plan
 from alum_kernels.backends import native
 from alum_kernels.backends import triton as triton_backend
 from alum_kernels.ops.dispatch import BACKENDS, choose, unavailable
@@ -117,7 +121,16 @@ def lines(facts: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m alum_kernels", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    commands = parser.add_subparsers(dest="command", title="commands")
+    plan.add_arguments(commands.add_parser("plan", help="how rows of a vocabulary are laid out on a GPU"))
     arguments = parser.parse_args()
+    if arguments.command == "plan":
+        try:
+            text = plan.lines(arguments.vocab, arguments.dtype, arguments.rows, arguments.device_capability)
+        except RuntimeError as error:
+            parser.exit(1, f"{parser.prog} plan: {error}\n")
+        print("\n".join(text))
+        return 0
     facts = report()
     print(json.dumps(facts, indent=2) if arguments.json else "\n".join(lines(facts)))
     return 0

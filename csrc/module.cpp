@@ -12,6 +12,7 @@
 #include "core/philox.h"
 #include "cpu/launch.h"
 #include "cuda/launch.h"
+#include "cuda/row_plan.h"
 
 namespace py = pybind11;
 
@@ -56,6 +57,27 @@ int64_t row_offset(int64_t n, int64_t inner, int64_t stride_outer, int64_t strid
   return alum::RowStrides{inner, stride_outer, stride_inner}.offset(n);
 }
 
+py::dict row_plan(int64_t columns, int element_bytes, int64_t rows, int capability, int64_t shared_per_block,
+                  int multiprocessors, bool linear) {
+  if (columns < 1) throw py::value_error("columns: expected at least 1, got " + std::to_string(columns));
+  if (element_bytes != 2 && element_bytes != 4) {
+    throw py::value_error("element_bytes: expected 2 or 4, got " + std::to_string(element_bytes));
+  }
+  using alum::cuda::RowPath;
+  const alum::cuda::Machine machine{capability, shared_per_block, multiprocessors};
+  const alum::cuda::RowPlan plan = linear ? alum::cuda::plan_long_rows(columns, element_bytes, rows, machine)
+                                          : alum::cuda::plan_rows(columns, element_bytes, rows, machine);
+  py::dict facts;
+  facts["path"] = plan.path == RowPath::kTile ? "tile" : plan.path == RowPath::kStaged ? "staged" : "streamed";
+  facts["threads"] = plan.threads;
+  facts["blocks_per_row"] = plan.blocks_per_row;
+  facts["rows_per_block"] = plan.rows_per_block;
+  facts["side_bytes"] = plan.side_bytes;
+  facts["shared_bytes"] = plan.shared_bytes;
+  facts["resident"] = plan.resident;
+  return facts;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -65,4 +87,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("elementary", &elementary, py::arg("name"), py::arg("x"), "One of the fp32 functions of core/elementary.h.");
   m.def("row_offset", &row_offset, py::arg("row"), py::arg("inner"), py::arg("stride_outer"), py::arg("stride_inner"),
         "Element offset of a row of (O, I, V) logits, as every kernel computes it.");
+  m.def("row_plan", &row_plan, py::arg("columns"), py::arg("element_bytes"), py::arg("rows"), py::arg("capability"),
+        py::arg("shared_per_block"), py::arg("multiprocessors"), py::arg("linear") = false,
+        "How the CUDA kernels lay out rows of logits (linear: of a head's products) on a device of such a capability "
+        "(90 for 9.0), shared memory a block (bytes) and number of multiprocessors: csrc/cuda/row_plan.h.");
 }

@@ -1,6 +1,7 @@
 """Where the suite runs: every backend on every device there is, with uninitialised memory poisoned."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -104,3 +105,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+pytest.register_assert_rewrite("cuda_emulation.checks")
+
+
+@pytest.fixture(scope="session")
+def cuda(tmp_path_factory: pytest.TempPathFactory):
+    """The CUDA kernels on an emulated device."""
+    from cuda_emulation.emulated import compiled  # needs the native module
+
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    return compiled(compiler, tmp_path_factory.mktemp("cuda_emulation"))

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 import alum_kernels
 from alum_kernels import __main__ as command_line
 from alum_kernels.backends import native
@@ -45,3 +47,74 @@ def test_a_missing_native_module_is_named_with_its_reason():
     (line,) = [line for line in text.splitlines() if line.split()[:1] == ["noise_init"]]
     assert line.split()[1] == "default"
     assert "native: does not load" in text or "native: not built" in text
+
+
+needs_native = pytest.mark.skipif(native.load()[0] is None, reason=f"native module: {native.load()[1]}")
+
+
+def layout(text: str, op: str, capability: str) -> list[str]:
+    """The cells of one architecture under one op."""
+    (part,) = [part for part in text.split("\n\n") if part.startswith(op)]
+    (line,) = [line for line in part.splitlines() if line.split()[0] == capability]
+    return line[21:].split()
+
+
+@needs_native
+def test_the_plan_of_a_vocabulary():
+    text = output("plan", "--vocab", "50265", "--dtype", "bf16")
+    assert layout(text, "symmetric_kl", "9.0")[:3] == ["staged", "2", "384"]
+    assert layout(text, "linear_symmetric_kl", "9.0")[:3] == ["staged", "4", "384"]
+    assert layout(text, "symmetric_kl", "8.0")[:3] == ["streamed", "1", "768"]
+    assert "symmetric_kl: 4,096 rows of 50,265 classes in bf16, 196.3 KiB for both logits of a row" in text
+    assert "staged    both rows in shared memory" in text
+    for capability in ("8.6", "8.9", "10.0", "12.0"):
+        assert layout(text, "symmetric_kl", capability)
+    # few rows are split further; one architecture alone
+    text = output("plan", "--vocab", "50265", "--rows", "8", "--device-capability", "9.0")
+    assert layout(text, "symmetric_kl", "9.0")[:2] == ["staged", "8"]
+    assert "8.0" not in text
+    assert layout(output("plan", "--vocab", "3"), "symmetric_kl", "8.0")[0] == "tile"
+
+
+@needs_native
+def test_a_plan_fits_its_device():
+    """Slices cover a row, fit the shared memory, and blocks the registers."""
+    module, _ = native.load()
+    for capability, shared_kib, most in ((80, 163, 1), (86, 99, 1), (90, 227, 8), (100, 227, 8), (120, 99, 8)):
+        for columns in (1, 64, 65, 129, 1000, 2048, 30522, 50265, 128256, 256000, 1 << 20):
+            for element_bytes in (2, 4):
+                for rows in (1, 16, 100, 4096):
+                    plan = module.row_plan(columns, element_bytes, rows, capability, shared_kib * 1024, 132)
+                    assert plan["shared_bytes"] <= shared_kib * 1024
+                    assert plan["threads"] % 32 == 0
+                    assert plan["resident"] >= 1
+                    assert plan["resident"] * plan["threads"] * (40 if columns <= 64 else 80) <= 65536
+                    assert plan["blocks_per_row"] in (1, 2, 4, 8)
+                    assert plan["blocks_per_row"] <= most
+                    assert (plan["path"] == "tile") == (columns <= 64)
+                    if plan["path"] == "staged":
+                        assert plan["blocks_per_row"] * plan["side_bytes"] >= columns * element_bytes
+                    linear = module.row_plan(columns, 4, rows, capability, shared_kib * 1024, 132, linear=True)
+                    assert linear["path"] != "tile"
+
+
+def test_the_plan_without_a_native_module_says_why():
+    code = (
+        "import sys; sys.modules['alum_kernels._C'] = None; sys.argv = ['x', 'plan', '--vocab', '50265']\n"
+        "from alum_kernels import __main__ as m; m.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "plan: the launch plan needs the native module: " in done.stderr
+    assert "not built: " in done.stderr or "does not load: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((), "--vocab"), (("--vocab", "0"), "expected at least 1, got 0"), (("--vocab", "9", "--dtype", "fp64"), "fp64")],
+)
+def test_a_plan_of_nothing_is_refused(arguments, message):
+    command = [sys.executable, "-m", "alum_kernels", "plan", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -1,60 +1,20 @@
 """The CUDA kernels, executed on the CPU: every phase, barrier and index of them, against the reference in float64.
 
 Each call is repeated in several orders of the threads between barriers, which a kernel without races does not notice.
+Here the emulation itself, noise and the ascent; divergences in test_cuda_divergences_on_host.py.
 """
 
-import dataclasses
 import itertools
-import shutil
 
 import pytest
 import torch
-from cuda_emulation.emulated import Device, EmulatedCuda, compiled, surrounded
+from cuda_emulation.checks import DTYPES, bits, generator, on_every_device
+from cuda_emulation.emulated import Device, surrounded
 from torch import Tensor
 
 from alum_kernels.backends.reference import noise_init as reference_noise
 from alum_kernels.backends.reference import projected_ascent as reference_ascent
-from alum_kernels.backends.reference import symmetric_kl as reference_kl
 from alum_kernels.ops.projected_ascent import LEVELS, NORMALIZE, NORMS
-from alum_kernels.ops.symmetric_kl import GRADIENTS
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = (
-    Device(),
-    Device(order="descending", largest_grid=3, multiprocessors=1, blocks_per_multiprocessor=1),
-    Device(order="shuffled", shuffle_seed=7, multiprocessors=3),
-)
-SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
-UNSTAGED = 2000
-"""Shared memory for the room of the reductions and nothing else."""
-
-
-@pytest.fixture(scope="session")
-def cuda(tmp_path_factory) -> EmulatedCuda:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    return compiled(compiler, tmp_path_factory.mktemp("cuda_emulation"))
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
-
-
-def on_every_device(cuda: EmulatedCuda, call, **changes) -> tuple[Tensor | None, ...]:
-    """What ``call()`` gives, the same to the last bit in every order of threads and for every size of the grid."""
-    results = None
-    for device in DEVICES:
-        cuda.on(dataclasses.replace(device, **changes))
-        again = call()
-        results = again if results is None else results
-        for first, other in zip(results, again, strict=True):
-            assert first is None or torch.equal(bits(first), bits(other)), device
-    return results
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def a_seed(value: int = 0x1234_5678_9ABC_DEF0) -> Tensor:
@@ -76,15 +36,27 @@ def a_mask(batch: int, length: int) -> Tensor:
         ("shuffle_in_a_branch", "a warp diverges"),
         ("grid_barrier", "not cooperative"),
         ("grid_barrier_in_a_branch", "the grid diverges"),
+        ("cluster_barrier", "without clusters"),
+        ("cluster_barrier_in_a_branch", "a cluster diverges .* at cluster.sync, thread 0 is at its end"),
+        ("sibling_not_begun", "a sibling that need not have begun"),
+        ("sibling_ended", "a sibling that may have ended"),
+        ("sibling_beyond", "a sibling: byte 256 of 256 was asked for"),
+        ("sibling_overrun", "shared memory: byte 256 of 256 was written"),
         ("beyond_shared", "shared memory: byte 256 of 256 was written"),
         ("misaligned", r"misuse.cu:\d+: misaligned access"),
         ("large", "kernel launch: invalid argument"),
     ],
 )
 def test_misuse_is_noticed(cuda, kind, message):
-    cuda.on(Device())
+    cuda.on(Device(capability=90))
     with pytest.raises(RuntimeError, match=message):
         cuda.misuse(kind)
+
+
+def test_clusters_need_a_device_that_has_them(cuda):
+    cuda.on(Device(capability=89))
+    with pytest.raises(RuntimeError, match="kernel launch: cluster misconfiguration"):
+        cuda.misuse("sibling_beyond")
 
 
 def test_a_race_shows_between_orders(cuda):
@@ -92,6 +64,10 @@ def test_a_race_shows_between_orders(cuda):
     assert ascending[:32].isnan().all()  # shared memory that nobody has written yet
     assert torch.equal(ascending[32:], torch.arange(32.0))
     assert not torch.equal(ascending[32:], descending[32:])
+
+
+def test_a_copy_that_nobody_waited_for_shows(cuda):
+    assert cuda.on(Device()).misuse("copy_not_waited_for").isnan().all()
 
 
 # ---- noise ----
@@ -238,202 +214,3 @@ def test_ascent_of_a_gradient_below_every_normal_number(cuda, level):
         options = {"step_size": 0.5, "epsilon": 1.0, "norm": "linf", "normalize": "sign", "level": level}
         (perturbed,) = cuda.on(Device()).projected_ascent(embeds, grad, delta, return_more=False, **options)
         assert torch.equal(perturbed, torch.full(shape, 0.75 if moves else 0.25))
-
-
-# ---- divergences ----
-
-PERTURBATIONS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
-KINDS = tuple(itertools.product((3.0, 8.0), (0.0, 24.0), PERTURBATIONS))
-"""Size of the logits, what one class is raised by, and size of the perturbation."""
-
-
-def hard_logits(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(1, rows, V) logits of KINDS, mixed where the rows are few."""
-    draw = generator(seed)
-    size, raised, change = torch.tensor(KINDS, dtype=torch.float64)[11 * torch.arange(rows) % len(KINDS)].T
-    b = size[:, None] * torch.randn(rows, columns, generator=draw, dtype=torch.float64)
-    top = torch.randint(columns, (rows,), generator=draw)
-    b[torch.arange(rows), top] += raised
-    b = b.to(dtype)
-    a = b.double() + change[:, None] * torch.randn(rows, columns, generator=draw, dtype=torch.float64)
-    return a.to(dtype)[None], b[None]
-
-
-def rounding(dtype: torch.dtype) -> float:
-    return 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-
-
-def relative_errors(gradient: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Relative L2 error over the whole, and of the median row; rows without gradient count in neither."""
-    error = (gradient.double() - expected).flatten(0, 1)
-    expected = expected.flatten(0, 1)
-    rows = expected.abs().amax(-1) > 0
-    assert (error[~rows] == 0).all()
-    if not rows.any():
-        return 0.0, 0.0
-    each = error[rows].norm(dim=-1) / expected[rows].norm(dim=-1)
-    return (error.norm() / expected.norm()).item(), each.median().item()
-
-
-def check_divergence(
-    cuda, a, b, *, divergence, gradient="full", inv_temperature=1.0, value=None, limit=1e-5, **changes
-):
-    """All three kernels against the reference in float64, at the accuracy that the design demands."""
-    columns, rows = a.shape[-1], a.shape[:2]
-    value = (4e-6 if columns <= 64 else 1e-6) if value is None else value
-    weight = 0.5 + torch.rand(rows, generator=generator(5))
-    # the largest values of fp16 gradients stay normal
-    weight = weight * 64 if a.dtype == torch.float16 else weight
-    options = {"divergence": divergence, "inv_temperature": inv_temperature}
-    expected, _ = reference_kl.loss(a.double(), b.double(), None, **options)
-    loss, statistics = on_every_device(cuda, lambda: cuda.loss(a, b, **options), **changes)
-    counted = expected >= SMALLEST_NORMAL
-    assert (loss[~counted].abs() <= SMALLEST_NORMAL).all()
-    assert (loss[expected == 0] == 0).all()
-    worst = ((loss - expected).abs() / expected)[counted].max().item()
-    assert worst <= value, worst
-
-    options["gradient"] = gradient
-    exact = reference_kl.gradient(a.double(), b.double(), weight.double(), **options)
-    wants_b = exact[1] is not None
-    sides = on_every_device(
-        cuda, lambda: cuda.gradient(a, b, statistics, weight, wants_b=wants_b, **options), **changes
-    )
-    both_loss, both_a = cuda.loss_and_gradient(a, b, weight, **options)  # on the last of the devices
-    assert torch.equal(bits(both_loss), bits(loss))
-    for side, wanted in ((sides[0], exact[0]), (both_a, exact[0]), *(((sides[1], exact[1]),) if wants_b else ())):
-        whole, median = relative_errors(side, wanted)
-        assert whole <= limit + rounding(a.dtype), whole
-        if a.dtype != torch.float16:  # whose rows of 1e-6 are subnormal
-            assert median <= limit + rounding(a.dtype), median
-    return loss, statistics, sides, both_a
-
-
-@pytest.mark.parametrize("divergence", ["symmetric_kl", "kl"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [2, 3, 64, 65, 127, 129, 1000, 2048, 2056])
-def test_divergence(cuda, columns, dtype, divergence):
-    a, b = hard_logits(32 if columns <= 129 else 16, columns, dtype)
-    check_divergence(cuda, surrounded(a), surrounded(b), divergence=divergence)
-
-
-@pytest.mark.parametrize("columns", [2, 3])
-def test_divergence_of_many_rows_of_few_classes(cuda, columns):
-    check_divergence(cuda, *hard_logits(65536, columns), divergence="symmetric_kl")
-
-
-@pytest.mark.parametrize(
-    ("columns", "dtype"),
-    [(20000, torch.float32), (30522, torch.float32), (50257, torch.bfloat16), (128256, torch.float32)],
-)
-def test_divergence_of_vocabularies(cuda, columns, dtype):
-    check_divergence(cuda, *hard_logits(8, columns, dtype), divergence="symmetric_kl")
-
-
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("divergence", ["symmetric_kl", "kl"])
-@pytest.mark.parametrize("columns", [3, 129, 2048])
-def test_conventions_and_temperature(cuda, columns, divergence, gradient):
-    a, b = hard_logits(16, columns, seed=1)
-    options = {"divergence": divergence, "gradient": gradient}
-    check_divergence(cuda, a, b, inv_temperature=0.4, **options)
-    check_divergence(cuda, a, b, inv_temperature=2.0, **options)
-
-
-@pytest.mark.parametrize("columns", [2, 64, 65, 1000, 4096])
-def test_perturbations_of_fifty(cuda, columns):
-    b = 3 * torch.randn(1, 24, columns, generator=generator(2))
-    a = b + 50 * torch.randn(1, 24, columns, generator=generator(3))
-    for divergence in ("symmetric_kl", "kl"):
-        check_divergence(cuda, a, b, divergence=divergence, value=4e-6, limit=1e-4)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [65, 128, 2056])
-def test_staged_rows_are_the_rows_themselves(cuda, columns, dtype):
-    a, b = hard_logits(10, columns, dtype, seed=2)
-    for divergence in ("symmetric_kl", "kl"):
-        staged = check_divergence(cuda, a, b, divergence=divergence)
-        unstaged = check_divergence(cuda, a, b, divergence=divergence, shared_limit=UNSTAGED)
-        for x, y in zip((*staged[:2], *staged[2], staged[3]), (*unstaged[:2], *unstaged[2], unstaged[3]), strict=True):
-            assert torch.equal(bits(x), bits(y))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [3, 200])
-def test_rows_anywhere_in_memory(cuda, columns, dtype):
-    """Slices of a sequence, rows apart by a padded vocabulary, an odd distance or an odd address: none is copied."""
-    a, b = (x.view(2, 4, columns) for x in hard_logits(8, columns, dtype, seed=3))
-    for outer, pad, offset in ((1, 0, 0), (0, 24, 0), (2, 8, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2)):
-
-        def placed(x):
-            whole = torch.full((2, 4 + outer, columns + pad), float("nan"), dtype=dtype)  # noqa: B023
-            inner = surrounded(whole, offset)[:, :4, :columns]  # noqa: B023
-            return inner.copy_(x)
-
-        check_divergence(cuda, placed(a), placed(b), divergence="symmetric_kl")
-        check_divergence(cuda, placed(a), b, divergence="symmetric_kl")
-
-
-@pytest.mark.parametrize("shared_limit", [UNSTAGED, 227 * 1024])
-@pytest.mark.parametrize("divergence", ["symmetric_kl", "kl"])
-@pytest.mark.parametrize("columns", [1, 2, 64, 65, 128, 2056])
-def test_edges(cuda, columns, divergence, shared_limit):
-    """Rows that stand beside each other do not touch each other."""
-    a, b = hard_logits(32, columns, seed=4)
-    inf, nan = float("inf"), float("nan")
-    last = columns - 1
-    a[0, 0, last] = b[0, 0, last] = -inf  # a dead class; the whole row where it is the only one
-    a[0, 1, last] = -inf
-    b[0, 2, last] = -inf
-    a[0, 3, 0], b[0, 4, last], a[0, 5, last], b[0, 6, 0] = nan, nan, inf, inf
-    a[0, 7], b[0, 7] = -inf, -inf
-    a[0, 8] = b[0, 8] = nan  # masked
-    a[0, 9] = b[0, 9]
-    a[0, 10, last] = -inf  # masked
-    a[0, 11, :-1] = b[0, 11, :-1] = -inf  # one class is left
-    weight = torch.full((1, 32), 0.25)
-    weight[0, 8] = weight[0, 10] = 0
-    options = {"divergence": divergence, "inv_temperature": 1.0}
-    expected, _ = reference_kl.loss(a.double(), b.double(), weight.double(), **options)
-    exact, exact_b = reference_kl.gradient(a.double(), b.double(), weight.double(), gradient="full", **options)
-    loss, statistics = on_every_device(cuda, lambda: cuda.loss(a, b, weight, **options), shared_limit=shared_limit)
-    torch.testing.assert_close(loss.double(), expected, rtol=4e-6 if columns <= 64 else 1e-6, atol=0, equal_nan=True)
-    assert (statistics[:, weight == 0] == 0).all()
-    options["gradient"] = "full"
-    grad_a, grad_b = on_every_device(
-        cuda, lambda: cuda.gradient(a, b, statistics, weight, **options), shared_limit=shared_limit
-    )
-    both_loss, both_a = on_every_device(
-        cuda, lambda: cuda.loss_and_gradient(a, b, weight, **options), shared_limit=shared_limit
-    )
-    assert torch.equal(bits(both_loss), bits(loss))
-    for side, wanted in ((grad_a, exact), (grad_b, exact_b), (both_a, exact)):
-        assert torch.equal(side.isnan(), wanted.isnan())
-        rows = ~wanted.isnan().any(-1)
-        error, size = (side - wanted)[rows].norm(dim=-1), wanted[rows].norm(dim=-1)
-        assert (error <= 1e-4 * size).all()
-        assert error.norm() <= 1e-5 * size.norm()
-    assert (grad_a[weight == 0] == 0).all()
-    assert (both_a[weight == 0] == 0).all()
-
-
-@pytest.mark.parametrize("columns", [3, 127, 2056])
-def test_one_side_alone_and_scaled(cuda, columns):
-    a, b = (x.to(torch.float16) for x in hard_logits(20, columns, seed=5))
-    options = {"divergence": "symmetric_kl", "gradient": "full"}
-    weight = torch.rand(20, generator=generator(6)).expand(3, 20)[:1].roll(1, -1)
-    cuda.on(Device())
-    _, statistics = cuda.loss(a, b, divergence="symmetric_kl")
-    grad_a, grad_b = cuda.gradient(a, b, statistics, weight, **options)
-    alone_a, none = cuda.gradient(a, b, statistics, weight, wants_b=False, **options)
-    assert none is None
-    assert torch.equal(bits(alone_a), bits(grad_a))
-    none, alone_b = cuda.gradient(a, b, statistics, weight, wants_a=False, **options)
-    assert none is None
-    assert torch.equal(bits(alone_b), bits(grad_b))
-    for scale in (1.0, 0.0):
-        _, scaled = cuda.loss_and_gradient(a, b, weight, grad_scale=2.0**10 * scale, **options)
-        _, raised = cuda.loss_and_gradient(a, b, weight * 2.0**10, grad_scale=scale, **options)
-        assert torch.equal(bits(scaled), bits(raised))
-        assert (scaled == 0).all() == (scale == 0)

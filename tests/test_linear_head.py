@@ -30,7 +30,8 @@ def step(model: nn.Module, config: AdversarialConfig, batch: dict[str, Tensor], 
 
 
 def assert_same(fused, logits, tolerance: float) -> None:
-    torch.testing.assert_close(fused[0].task_loss, logits[0].task_loss, rtol=tolerance, atol=0)
+    # some models compute their loss in fp32 whatever they are themselves
+    torch.testing.assert_close(fused[0].task_loss, logits[0].task_loss, rtol=tolerance, atol=0, check_dtype=False)
     torch.testing.assert_close(fused[0].divergence, logits[0].divergence, rtol=10 * tolerance, atol=0)
     assert (fused[1] - logits[1]).norm() <= 10 * tolerance * logits[1].norm()
     assert fused[2].keys() == logits[2].keys()
@@ -44,10 +45,9 @@ def test_every_family_trains_as_through_its_logits(name, options):
     model, batch = tiny_models.language_model(name).double(), batch_for(name)
     config = MOVED.replace(signal_check_interval=1, **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", message=".*trained through its logits")
         fused = step(model, config.replace(fused_head=True), batch)
         logits = step(model, config.replace(fused_head=False), batch)
-    # the loss of some models is fp32 whatever the model is
     assert_same(fused, logits, tolerance=2e-7)
     with pytest.raises(ValueError, match="none are formed where a linear head is fused"):
         _ = fused[0].logits
@@ -151,8 +151,8 @@ def test_the_projection_is_left_as_it_was():
     assert "forward" not in vars(model.get_output_embeddings())
     assert torch.equal(model(**batch).logits, before)
     objective = AdversarialObjective(model, MOVED)
-    with pytest.raises(RuntimeError):
-        objective(**{**batch, "input_ids": batch["input_ids"] + 10**6, "attention_mask": torch.ones(1, 1)})
+    with pytest.raises(IndexError):
+        objective(**{**batch, "input_ids": batch["input_ids"] + 10**6})
     assert "forward" not in vars(model.get_output_embeddings())
 
 

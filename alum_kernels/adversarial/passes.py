@@ -92,7 +92,8 @@ class LinearPasses:
                         "batch: expected 'next_sentence_label' (B,) beside 'labels' for a pretraining head"
                     )
                 logits = part.logits(outputs)
-                loss = loss + functional.cross_entropy(logits.float(), labels.flatten())
+                wide = torch.promote_types(logits.dtype, torch.float32)
+                loss = loss + functional.cross_entropy(logits.to(wide), labels.flatten())
         return loss
 
     @staticmethod

@@ -112,6 +112,7 @@ struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;
   bool cooperative = false;
+  unsigned cluster = 1;  // blocks; the grid is a multiple of it
 };
 
 // Launch and check. More than 48 KB of shared memory has to be asked for.
@@ -123,16 +124,25 @@ void launch(void (*kernel)(Args, Rest...), const LaunchShape& shape, void* strea
                                static_cast<int>(shape.shared_bytes)),
           "cudaFuncSetAttribute");
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (shape.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = shape.cluster;
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = shape.cooperative ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kernel, args, rest...), "kernel launch");
 }
 

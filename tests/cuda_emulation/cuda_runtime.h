@@ -21,7 +21,7 @@
 #include "scheduler.h"
 
 #define __CUDACC__ 1
-#define __CUDA_ARCH__ 800
+#define __CUDA_ARCH__ 900
 #define __global__
 #define __device__
 #define __host__
@@ -63,14 +63,27 @@ enum cudaError_t {
   cudaSuccess,
   cudaErrorInvalidValue,
   cudaErrorInvalidConfiguration,
+  cudaErrorInvalidClusterSize,
   cudaErrorCooperativeLaunchTooLarge
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
-enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore, cudaLaunchAttributeCooperative };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeIgnore,
+  cudaLaunchAttributeCooperative,
+  cudaLaunchAttributeClusterDimension
+};
 
 union cudaLaunchAttributeValue {
   int cooperative;
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
 };
 
 struct cudaLaunchAttribute {
@@ -94,6 +107,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return "invalid argument";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
+    case cudaErrorInvalidClusterSize:
+      return "cluster misconfiguration";
     case cudaErrorCooperativeLaunchTooLarge:
       return "too many blocks in cooperative launch";
     default:
@@ -120,8 +135,20 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::device.multiprocessors
-                                                       : static_cast<int>(emulation::device.shared_limit);
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(emulation::device.shared_limit);
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulation::device.multiprocessors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = emulation::device.capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = emulation::device.capability % 10;
+      break;
+  }
   return cudaSuccess;
 }
 
@@ -145,8 +172,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                              : std::max(asked->second, emulation::kSharedWithoutAsking);
   if (config->dynamicSmemBytes > std::min(allowed, emulation::device.shared_limit)) return cudaErrorInvalidValue;
   bool cooperative = false;
+  unsigned cluster = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
-    cooperative |= config->attrs[i].id == cudaLaunchAttributeCooperative && config->attrs[i].val.cooperative != 0;
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    cooperative |= attribute.id == cudaLaunchAttributeCooperative && attribute.val.cooperative != 0;
+    if (attribute.id != cudaLaunchAttributeClusterDimension) continue;
+    cluster = attribute.val.clusterDim.x;
+    if (emulation::device.capability < 90 || outside(cluster, 8) || attribute.val.clusterDim.y != 1 ||
+        attribute.val.clusterDim.z != 1 || grid.x % cluster != 0) {
+      return cudaErrorInvalidClusterSize;
+    }
   }
   const int64_t at_once =
       static_cast<int64_t>(emulation::device.multiprocessors) * emulation::device.blocks_per_multiprocessor;
@@ -154,7 +189,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return cudaErrorCooperativeLaunchTooLarge;
   // the kernel gets copies of its arguments, made once: a launch does not wait for it
   const std::tuple<Parameters...> copies(std::forward<Arguments>(arguments)...);
-  emulation::run_grid({std::min(grid.x, emulation::device.largest_grid), grid.y, grid.z}, {block.x, block.y, block.z},
-                      config->dynamicSmemBytes, cooperative, [&] { std::apply(kernel, copies); });
+  const unsigned across = std::max(std::min(grid.x, emulation::device.largest_grid) / cluster, 1u) * cluster;
+  emulation::run_grid({across, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes, cooperative,
+                      cluster, [&] { std::apply(kernel, copies); });
   return cudaSuccess;
 }

@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 SOURCES = (
     CSRC / "cuda" / "symmetric_kl.cu",
+    CSRC / "cuda" / "linear_symmetric_kl.cu",
     CSRC / "cuda" / "projected_ascent.cu",
     CSRC / "cuda" / "noise_init.cu",
     HERE / "misuse.cu",
@@ -88,6 +89,8 @@ class Device:
     multiprocessors: int = 2
     blocks_per_multiprocessor: int = 2
     largest_grid: int = 0x7FFFFFFF
+    capability: int = 80
+    """10 major + minor; clusters from 90 on."""
 
 
 def compiled(compiler: str, folder: Path) -> "EmulatedCuda":
@@ -126,6 +129,10 @@ class EmulatedCuda:
         values = [ORDERS[device.order], *dataclasses.astuple(device)[1:]]
         self._library.emulated_device(*[ctypes.c_int64(v) for v in values])
         return self
+
+    def last_cluster(self) -> int:
+        """Blocks of a cluster in the last launch, 1 without."""
+        return self._library.emulated_last_cluster()
 
     def _call(self, name: str, *arguments: Tensor | float | bool | int | None) -> None:
         views = [_view(a) if isinstance(a, Tensor) else a for a in arguments]
@@ -279,9 +286,11 @@ class EmulatedCuda:
         gradient: str,
         inv_temperature: float = 1.0,
         grad_scale: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of each row (O, I) and the gradient of a (O, I, V)."""
+        wants_b: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss of each row (O, I) and the gradients of a and, if wanted, b (O, I, V)."""
         rows, grad_a = Output(a.shape[:2], torch.float32), Output(a.shape, a.dtype)
+        grad_b = Output(a.shape, a.dtype) if wants_b else None
         self._call(
             "divergence_loss_and_gradient",
             a,
@@ -289,12 +298,55 @@ class EmulatedCuda:
             row_weight,
             rows.tensor,
             grad_a.tensor,
+            grad_b.tensor if wants_b else None,
             DIVERGENCES[divergence],
             GRADIENTS[gradient],
             float(inv_temperature),
             float(grad_scale),
         )
-        return rows.finished(), grad_a.finished()
+        return rows.finished(), grad_a.finished(), grad_b.finished() if wants_b else None
+
+    def linear_rows(
+        self,
+        first: Tensor,
+        b: Tensor,
+        bias: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        *,
+        differences: bool,
+        divergence: str,
+        gradient: str = "full",
+        inv_temperature: float = 1.0,
+        grad_scale: float = 1.0,
+        grad_dtype: torch.dtype | None = torch.float32,
+        wants_sum: bool = True,
+        in_place: bool = False,
+    ) -> tuple[Tensor | None, ...]:
+        """Loss of each row (O, I), and the gradient of a and the sum of both sides' (O, I, V); None if not wanted.
+
+        With ``in_place`` the gradients are written over copies of the logits, framed as outputs are.
+        """
+        rows = Output(first.shape[:2], torch.float32)
+        grad_a = None if grad_dtype is None else Output(first.shape, grad_dtype)
+        grad_sum = Output(first.shape, grad_dtype) if wants_sum and grad_a is not None else None
+        if in_place:
+            first, b = grad_a.tensor.copy_(first), grad_sum.tensor.copy_(b)
+        self._call(
+            "linear_divergence",
+            first,
+            b,
+            bias,
+            row_weight,
+            rows.tensor,
+            None if grad_a is None else grad_a.tensor,
+            None if grad_sum is None else grad_sum.tensor,
+            differences,
+            DIVERGENCES[divergence],
+            GRADIENTS[gradient],
+            float(inv_temperature),
+            float(grad_scale),
+        )
+        return tuple(None if output is None else output.finished() for output in (rows, grad_a, grad_sum))
 
 
 def _magnitude(value: Tensor | float) -> tuple[Tensor | None, float]:

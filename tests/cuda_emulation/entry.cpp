@@ -58,9 +58,7 @@ NoiseSource noise_source(const View* seed, const View* std_per_token, double std
           static_cast<uint32_t>(stream), sample_offset};
 }
 
-RowStrides row_strides(const View* t) {
-  return RowStrides::of(t->size[0], t->size[1], t->stride[0], t->stride[1]);
-}
+RowStrides row_strides(const View* t) { return RowStrides::of(t->size[0], t->size[1], t->stride[0], t->stride[1]); }
 
 RowVector row_vector(const View* t) {
   if (t == nullptr) return {};
@@ -86,7 +84,7 @@ DivergenceArguments divergence_arguments(const View* a, const View* b, int diver
 extern "C" {
 
 void emulated_device(int order, int64_t shuffle_seed, int64_t shared_limit, int multiprocessors,
-                     int blocks_per_multiprocessor, int64_t largest_grid) {
+                     int blocks_per_multiprocessor, int64_t largest_grid, int capability) {
   emulation::Device& device = emulation::device;
   device.order = static_cast<emulation::Order>(order);
   device.shuffle_seed = static_cast<uint64_t>(shuffle_seed);
@@ -94,8 +92,11 @@ void emulated_device(int order, int64_t shuffle_seed, int64_t shared_limit, int 
   device.multiprocessors = multiprocessors;
   device.blocks_per_multiprocessor = blocks_per_multiprocessor;
   device.largest_grid = static_cast<unsigned>(largest_grid);
+  device.capability = capability;
   device.shared = cuda::dynamic_shared;
 }
+
+int emulated_last_cluster() { return static_cast<int>(emulation::device.last_cluster); }
 
 int64_t emulated_launches() { return emulation::device.launches; }
 
@@ -174,15 +175,34 @@ const char* emulated_divergence_gradient(const View* a, const View* b, const Vie
 }
 
 const char* emulated_divergence_loss_and_gradient(const View* a, const View* b, const View* row_weight,
-                                                  const View* rows, const View* grad_a, int divergence, int convention,
-                                                  double inv_temperature, double grad_scale) {
+                                                  const View* rows, const View* grad_a, const View* grad_b,
+                                                  int divergence, int convention, double inv_temperature,
+                                                  double grad_scale) {
   return guarded([&] {
     DivergenceArguments args = divergence_arguments(a, b, divergence, convention, inv_temperature);
     args.row_weight = row_vector(row_weight);
     args.loss = static_cast<float*>(rows->data);
     args.grad_a = grad_a->data;
+    args.grad_b = data_of(grad_b);
     args.grad_scale = static_cast<float>(grad_scale);
     cuda::divergence_loss_and_gradient(args, nullptr);
+  });
+}
+
+const char* emulated_linear_divergence(const View* first, const View* b, const View* bias, const View* row_weight,
+                                       const View* rows, const View* grad_a, const View* grad_sum, int differences,
+                                       int divergence, int convention, double inv_temperature, double grad_scale) {
+  return guarded([&] {
+    DivergenceArguments args = divergence_arguments(first, b, divergence, convention, inv_temperature);
+    args.differences = differences != 0;
+    args.bias = static_cast<const float*>(data_of(bias));
+    args.row_weight = row_vector(row_weight);
+    args.loss = static_cast<float*>(rows->data);
+    args.grad_a = data_of(grad_a);
+    args.grad_sum = data_of(grad_sum);
+    if (grad_a != nullptr) args.grad_dtype = static_cast<Dtype>(grad_a->dtype);
+    args.grad_scale = static_cast<float>(grad_scale);
+    cuda::linear_divergence(args, nullptr);
   });
 }
 

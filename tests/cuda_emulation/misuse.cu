@@ -1,5 +1,6 @@
 // Kernels that do what hardware leaves undefined: the emulation has to notice each of them.
 #include <cooperative_groups.h>
+#include <cuda_pipeline.h>
 
 #include <map>
 #include <string>
@@ -41,9 +42,55 @@ __global__ void grid_barrier_in_a_branch(float* out) {
   out[threadIdx.x] = 1.0f;
 }
 
+__global__ void cluster_barrier(float* out) {
+  cooperative_groups::this_cluster().sync();
+  out[threadIdx.x] = 1.0f;
+}
+
+__global__ void cluster_barrier_in_a_branch(float* out) {
+  if (blockIdx.x == 0) cooperative_groups::this_cluster().sync();
+  out[threadIdx.x] = 1.0f;
+}
+
+float* of_sibling(unsigned float_index) {
+  float* room = reinterpret_cast<float*>(dynamic_shared);
+  return cooperative_groups::this_cluster().map_shared_rank(room + float_index, 1 - blockIdx.x);
+}
+
+__global__ void sibling_not_begun(float*) {
+  *of_sibling(threadIdx.x) = 1.0f;
+  cooperative_groups::this_cluster().sync();
+}
+
+__global__ void sibling_ended(float* out) {
+  cooperative_groups::this_cluster().sync();
+  out[threadIdx.x] = *of_sibling(threadIdx.x);
+}
+
+__global__ void sibling_beyond(float*) {
+  cooperative_groups::this_cluster().sync();
+  *of_sibling(threadIdx.x + 1) = 1.0f;
+  cooperative_groups::this_cluster().sync();
+}
+
+__global__ void sibling_overrun(float*) {
+  cooperative_groups::this_cluster().sync();
+  of_sibling(threadIdx.x)[1] = 1.0f;
+  cooperative_groups::this_cluster().sync();
+}
+
 __global__ void beyond_shared(float* out) {
   reinterpret_cast<float*>(dynamic_shared)[threadIdx.x + 1] = 1.0f;
   out[threadIdx.x] = 1.0f;
+}
+
+__global__ void copy_not_waited_for(float* out) {
+  float* room = reinterpret_cast<float*>(dynamic_shared);
+  out[threadIdx.x] = 3.0f;
+  __pipeline_memcpy_async(room + threadIdx.x, out + threadIdx.x, sizeof(float));
+  __pipeline_commit();
+  out[threadIdx.x] = room[threadIdx.x];
+  __pipeline_wait_prior(0);
 }
 
 __global__ void misaligned(float* out) {
@@ -80,7 +127,14 @@ extern "C" const char* emulated_misuse(const char* name, float* out) {
                                                         {"beyond_shared", beyond_shared},
                                                         {"misaligned", misaligned},
                                                         {"race", race},
-                                                        {"grid_barrier_in_a_branch", grid_barrier_in_a_branch}};
+                                                        {"copy_not_waited_for", copy_not_waited_for},
+                                                        {"grid_barrier_in_a_branch", grid_barrier_in_a_branch},
+                                                        {"cluster_barrier", cluster_barrier},
+                                                        {"cluster_barrier_in_a_branch", cluster_barrier_in_a_branch},
+                                                        {"sibling_not_begun", sibling_not_begun},
+                                                        {"sibling_ended", sibling_ended},
+                                                        {"sibling_beyond", sibling_beyond},
+                                                        {"sibling_overrun", sibling_overrun}};
   try {
     if (std::string(name) == "large") {
       launch_unasked(out);
@@ -90,6 +144,9 @@ extern "C" const char* emulated_misuse(const char* name, float* out) {
       if (std::string(name) == "grid_barrier_in_a_branch") {
         shape.cooperative = true;
         shape.shared_bytes = 0;
+      }
+      if (std::string(name) == "cluster_barrier_in_a_branch" || std::string(name).rfind("sibling", 0) == 0) {
+        shape.cluster = 2;
       }
       launch(kernels.at(name), shape, nullptr, out);
     }

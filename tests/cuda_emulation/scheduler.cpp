@@ -27,7 +27,7 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr int kWarp = 32;
 constexpr unsigned char kPoison = 0xFF, kCanary = 0xC5;
 
-enum class Wait { kReady, kExchange, kBlock, kGrid, kExited };
+enum class Wait { kReady, kExchange, kBlock, kCluster, kGrid, kExited };
 
 // A stack with a page behind it that nobody may touch.
 class Stack {
@@ -47,6 +47,12 @@ class Stack {
   unsigned char* base_;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Thread {
   Stack stack;
   ucontext_t first;    // how it starts
@@ -57,6 +63,7 @@ struct Thread {
   const void* site = nullptr;
   unsigned mask = 0;
   int value = 0, lanes = 0;
+  std::vector<Copy> copies;  // under way
 };
 
 std::vector<std::unique_ptr<Thread>> pool;  // threads are reused from block to block: a stack costs system calls
@@ -64,6 +71,7 @@ Thread* current = nullptr;
 std::jmp_buf scheduler;
 const std::function<void()>* kernel = nullptr;
 bool cooperative_launch = false;
+unsigned cluster_blocks = 1;
 std::string refusal;
 std::mt19937_64 shuffle;
 
@@ -105,6 +113,8 @@ const char* name_of(Wait wait) {
       return "at a warp shuffle";
     case Wait::kBlock:
       return "at __syncthreads";
+    case Wait::kCluster:
+      return "at cluster.sync";
     case Wait::kGrid:
       return "at grid.sync";
     case Wait::kExited:
@@ -144,7 +154,7 @@ class Block {
     }
   }
 
-  // Runs until all threads wait for the grid (true) or have ended (false).
+  // Runs until all threads wait for other blocks (true) or have ended (false).
   bool advance() {
     for (;;) {
       settle();
@@ -152,7 +162,7 @@ class Block {
       for (int i = 1; i < count_; ++i) {
         if (!together(leader, at(i))) diverged("a block", leader, at(i));
       }
-      if (leader.wait != Wait::kBlock) return leader.wait == Wait::kGrid;
+      if (leader.wait != Wait::kBlock) return leader.wait != Wait::kExited;
       release();
     }
   }
@@ -208,23 +218,35 @@ class Block {
   int count_;
 };
 
-// Shared memory of one block: poisoned with NaN, a canary behind it, and no access beyond.
+// Shared memory of the blocks that run together, each with a canary behind it and no access beyond. It is that of the
+// one whose turn it is that lies where kernels look for it; the others' is kept in images, which siblings may reach.
 class SharedMemory {
  public:
-  explicit SharedMemory(size_t bytes) : bytes_(bytes), open_((bytes + kPage - 1) / kPage * kPage + kPage) {
+  SharedMemory(size_t bytes, size_t blocks)
+      : bytes_(bytes), open_((bytes + kPage - 1) / kPage * kPage + kPage), images_(blocks) {
     protect(PROT_NONE);
+    for (auto& image : images_) image.resize(blocks > 1 ? open_ : 0);
   }
   ~SharedMemory() { protect(PROT_READ | PROT_WRITE); }
 
-  // What every block begins with; `image` of a waiting block is kept elsewhere while others run.
+  // What every block begins with: NaN.
   void poison() {
     std::memset(device.shared, kPoison, bytes_);
     std::memset(device.shared + bytes_, kCanary, open_ - bytes_);
+    for (size_t block = 0; block < images_.size(); ++block) store(block);
+    begun_.assign(images_.size(), false);
+    ended_.assign(images_.size(), false);
   }
 
-  std::vector<unsigned char> image() const { return {device.shared, device.shared + open_}; }
+  void load(size_t block) {
+    running_ = block;
+    begun_[block] = true;
+    std::copy(images_[block].begin(), images_[block].end(), device.shared);
+  }
 
-  void restore(const std::vector<unsigned char>& image) { std::copy(image.begin(), image.end(), device.shared); }
+  void store(size_t block) { std::copy_n(device.shared, images_[block].size(), images_[block].begin()); }
+
+  void end(size_t block) { ended_[block] = true; }
 
   void inspect() const {
     for (size_t i = bytes_; i < open_; ++i) {
@@ -234,6 +256,16 @@ class SharedMemory {
     }
   }
 
+  void* of_sibling(void* address, unsigned rank) {
+    const size_t offset = static_cast<unsigned char*>(address) - device.shared;
+    if (offset >= bytes_) refuse("shared memory of a sibling: byte %zu of %zu was asked for", offset, bytes_);
+    if (rank >= images_.size()) refuse("shared memory of block %u of a cluster of %zu", rank, images_.size());
+    if (rank == running_) return address;
+    if (!begun_[rank]) refuse("shared memory of a sibling that need not have begun");
+    if (ended_[rank]) refuse("shared memory of a sibling that may have ended");
+    return images_[rank].data() + offset;
+  }
+
  private:
   void protect(int access) {
     if (open_ < kSharedCapacity && mprotect(device.shared + open_, kSharedCapacity - open_, access) != 0) {
@@ -241,46 +273,36 @@ class SharedMemory {
     }
   }
 
-  size_t bytes_, open_;
+  size_t bytes_, open_, running_ = 0;
+  std::vector<std::vector<unsigned char>> images_;
+  std::vector<bool> begun_, ended_;
 };
 
-void run_blocks(Index grid, int threads, size_t shared_bytes, bool cooperative) {
-  std::vector<uint3> indices;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) indices.push_back({x, y, z});
-    }
-  }
-  arrange(indices.begin(), indices.end());
-  const size_t at_once = cooperative ? indices.size() : 1;
-  while (pool.size() < at_once * threads) pool.push_back(std::make_unique<Thread>());
-  SharedMemory shared(shared_bytes);
-  if (!cooperative) {
-    for (const uint3& index : indices) {
-      shared.poison();
-      Block(index, threads, 0).advance();
-      shared.inspect();
-    }
-    return;
-  }
+SharedMemory* shared_memory = nullptr;
+
+// Blocks that meet at barriers: a cluster, or the grid of a cooperative launch.
+void run_together(const std::vector<uint3>& indices, int threads, SharedMemory& shared) {
   shared.poison();
   std::vector<Block> blocks;
-  std::vector<std::vector<unsigned char>> images(indices.size(), shared.image());
   std::vector<size_t> turns;
   for (const uint3& index : indices) {
     turns.push_back(blocks.size());
     blocks.emplace_back(index, threads, blocks.size() * threads);
   }
+  arrange(turns.begin(), turns.end());
   for (bool meeting = true; meeting;) {
     if (device.order == Order::kShuffled) arrange(turns.begin(), turns.end());
     for (const size_t turn : turns) {
       Block& block = blocks[turn];
-      shared.restore(images[turn]);
+      shared.load(turn);
       meeting = block.advance();
       shared.inspect();
-      images[turn] = shared.image();
+      shared.store(turn);
+      if (!meeting) shared.end(turn);
       const Thread& leader = blocks[turns[0]].leader();
-      if (!together(leader, block.leader())) diverged("the grid", leader, block.leader());
+      if (!together(leader, block.leader())) {
+        diverged(cooperative_launch ? "the grid" : "a cluster", leader, block.leader());
+      }
     }
     if (meeting) {
       for (Block& block : blocks) block.release();
@@ -288,20 +310,44 @@ void run_blocks(Index grid, int threads, size_t shared_bytes, bool cooperative) 
   }
 }
 
+void run_blocks(Index grid, int threads, size_t shared_bytes) {
+  std::vector<std::vector<uint3>> groups;  // of blocks that run together
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        if (cooperative_launch ? groups.empty() : x % cluster_blocks == 0) groups.emplace_back();
+        groups.back().push_back({x, y, z});
+      }
+    }
+  }
+  arrange(groups.begin(), groups.end());
+  const size_t at_once = groups[0].size();
+  while (pool.size() < at_once * threads) pool.push_back(std::make_unique<Thread>());
+  SharedMemory shared(shared_bytes, at_once);
+  shared_memory = &shared;
+  for (const auto& group : groups) run_together(group, threads, shared);
+}
+
 }  // namespace
 
-void run_grid(Index grid, Index block, size_t shared_bytes, bool cooperative, const std::function<void()>& body) {
+void run_grid(Index grid, Index block, size_t shared_bytes, bool cooperative, unsigned cluster,
+              const std::function<void()>& body) {
   if (block.y != 1 || block.z != 1) throw Misuse("blocks of more than one dimension are not emulated");
   gridDim = {grid.x, grid.y, grid.z};
   blockDim = {block.x, block.y, block.z};
   kernel = &body;
   cooperative_launch = cooperative;
+  cluster_blocks = cluster;
   shuffle.seed(device.shuffle_seed);
   ++device.launches;
+  device.last_cluster = cluster;
   try {
-    run_blocks(grid, static_cast<int>(block.x), shared_bytes, cooperative);
+    run_blocks(grid, static_cast<int>(block.x), shared_bytes);
   } catch (...) {
-    for (auto& thread : pool) thread->started = false;
+    for (auto& thread : pool) {
+      thread->started = false;
+      thread->copies.clear();
+    }
     refusal.clear();
     throw;
   }
@@ -311,6 +357,32 @@ void wait_for_block() {
   current->site = __builtin_return_address(0);
   leave(Wait::kBlock);
 }
+
+void wait_for_cluster() {
+  if (cluster_blocks == 1) refuse("cluster.sync in a launch without clusters");
+  current->site = __builtin_return_address(0);
+  leave(Wait::kCluster);
+}
+
+void* map_shared(void* address, unsigned rank) { return shared_memory->of_sibling(address, rank); }
+
+void copy_later(void* to, const void* from, size_t bytes) {
+  const auto aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || !aligned(to) || !aligned(from)) {
+    refuse("an asynchronous copy of %zu bytes, or misaligned", bytes);
+  }
+  const size_t offset = static_cast<unsigned char*>(to) - device.shared;
+  if (offset >= kSharedCapacity) refuse("an asynchronous copy to elsewhere than shared memory");
+  std::memset(to, kPoison, bytes);
+  current->copies.push_back({to, from, bytes});
+}
+
+void finish_copies() {
+  for (const Copy& copy : current->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  current->copies.clear();
+}
+
+unsigned cluster_rank() { return blockIdx.x % cluster_blocks; }
 
 void wait_for_grid() {
   if (!cooperative_launch) refuse("grid.sync in a launch that is not cooperative");
