@@ -196,7 +196,9 @@ def test_what_cannot_be_fused_says_why():
         AdversarialObjective(bert, MOVED.replace(divergence="js"))
     with pytest.warns(UserWarning, match="its task loss is the caller's"):
         AdversarialObjective(bert, MOVED, loss=lambda outputs, batch: outputs.logits.sum())
-    with pytest.raises(ValueError, match=r"^fused_head: BertForMaskedLM cannot be trained without its logits: there is"):
+    with pytest.raises(
+        ValueError, match=r"^fused_head: BertForMaskedLM cannot be trained without its logits: there is"
+    ):
         AdversarialObjective(bert, MOVED.replace(divergence="js", fused_head=True))
     bert.set_output_embeddings(Quantised(16, tiny_models.VOCABULARY))
     with pytest.warns(UserWarning, match="its output embeddings are a test_linear_head.Quantised"):
