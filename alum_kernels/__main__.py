@@ -25,6 +25,8 @@ OPS = (
     ("symmetric_kl_grad", "symmetric_kl", None),
     ("kl", "symmetric_kl", "kl"),
     ("js", "symmetric_kl", "js"),
+    ("linear_symmetric_kl", "linear_symmetric_kl", None),
+    ("linear_kl", "linear_symmetric_kl", "kl"),
 )
 """Public function, the op behind it, and its divergence."""
 

@@ -26,7 +26,7 @@ from benchmarks.timing import Call
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 LOGITS = ((512, 30522, "fp32"), (512, 30522, "bf16"), (65536, 3, "fp32"))
-LOGITS_ON_CUDA = ((4096, 50257, "bf16"), (4096, 128256, "bf16"), (4096, 30522, "fp32"))
+LOGITS_ON_CUDA = ((8192, 30522, "bf16"), (8192, 50265, "bf16"), (4096, 128256, "bf16"), (4096, 30522, "fp32"))
 EMBEDDINGS = (16, 128, 768)
 EMBEDDINGS_ON_CUDA = (64, 512, 1024)
 
@@ -43,7 +43,8 @@ class Case:
         op: name of the public op, or of the pair.
         label: shape, dtype and options.
         bytes_moved: what the op reads and writes at the least in the form it is designed in: the logits once for the
-            loss and once for the gradient, each gradient once; embeddings, gradient, delta and result once.
+            loss and once for the gradient (once for both where one launch does both), each gradient once; embeddings,
+            gradient, delta and result once.
         build: makes the inputs and the calls of each provider; inputs live as long as the calls.
     """
 
@@ -110,10 +111,21 @@ def _symmetric_kl_grad_calls(
     return calls
 
 
+def _both_gradients_calls(
+    rows: int, classes: int, dtype: torch.dtype, device: torch.device, compiled: bool
+) -> dict[str, Call]:
+    """As ``_symmetric_kl_calls``, but the library's own upstream factor: loss and both gradients in one launch."""
+    calls = _symmetric_kl_calls(rows, classes, dtype, device, compiled)
+    a, b = logits_pair(rows, classes, dtype, device)
+    for backend in own_backends("symmetric_kl", device, dtype):
+        calls[backend] = lambda backend=backend: symmetric_kl_grad(a, b, clean_gradient=True, backend=backend)
+    return calls
+
+
 def divergence_cases(
     shapes: tuple[tuple[int, int, str], ...], device: torch.device, compiled: bool = True
 ) -> Iterator[Case]:
-    """Loss and both gradients, then loss and adversarial gradient in one."""
+    """Loss and both gradients, loss and adversarial gradient in one, loss and both gradients in one."""
     for rows, classes, storage in shapes:
         dtype = DTYPES[storage]
         size = rows * classes * dtype.itemsize
@@ -122,6 +134,12 @@ def divergence_cases(
         yield Case("symmetric_kl", label, 6 * size, lambda arguments=arguments: _symmetric_kl_calls(*arguments))
         yield Case(
             "symmetric_kl_grad", label, 3 * size, lambda arguments=arguments: _symmetric_kl_grad_calls(*arguments)
+        )
+        yield Case(
+            "symmetric_kl_grad, both",
+            label,
+            4 * size,
+            lambda arguments=arguments: _both_gradients_calls(*arguments),
         )
 
 

@@ -119,6 +119,26 @@ def linear_kernels(backend: str, device: torch.device) -> int:
             for ours, theirs in zip((loss, *grads), (expected, da, da + db), strict=True):
                 close(f"linear {divergence} {columns} {dtype}", ours[0], theirs, dtype)
             calls += 1
+    return calls + linear_heads(backend, device)
+
+
+def linear_heads(backend: str, device: torch.device) -> int:
+    """The op around those rows: its products, chunk by chunk, with masked rows and a bias."""
+    calls = 0
+    for dtype, soft_cap in itertools.product(DTYPES, (None, 5.0)):
+        given = [torch.randn(*shape, device=device).to(dtype) for shape in ((7, 24), (7, 24), (310, 24), (310,))]
+        mask = torch.tensor([1, 1, 0, 1, 1, 0, 1], device=device)
+        results = {}
+        for served in (backend, "reference"):
+            leaves = [x.clone().requires_grad_() for x in given]
+            loss = alum_kernels.linear_symmetric_kl(
+                *leaves, mask=mask, soft_cap=soft_cap, chunk_bytes=30000, backend=served
+            )
+            loss.backward()
+            results[served] = (loss.detach(), *(leaf.grad for leaf in leaves))
+        for ours, expected in zip(results[backend], results["reference"], strict=True):
+            close(f"linear_symmetric_kl {dtype}", ours, expected, dtype)
+        calls += 1
     return calls
 
 

@@ -4,6 +4,7 @@
     tests        the whole suite on CUDA, native and compiled Triton
     sanitizer    memcheck, racecheck and initcheck of compute-sanitizer over a small run of every native kernel
     benchmark    the ops against eager PyTorch and torch.compile
+    linear       the divergence of a linear head: accuracy, time and memory beside eager PyTorch and Liger-Kernel
 
 Runs on the tree as it lies, with the interpreter that starts it: no git, no network, no virtual environment. Every
 stage is run even where one before it failed; the exit status is 1 if any failed. A tool that the machine does not
@@ -28,6 +29,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 REFUSALS = ("Device not supported", "No attachable process", "Unable to find injection library", "LibraryNotLoaded")
 """How compute-sanitizer says that it cannot work on this machine at all."""
+
+
+LINEAR_HEADS = ((768, 30522), (4096, 128256))
+"""Hidden size and vocabulary: BERT's, and that of a large decoder."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,20 @@ def main() -> int:
         target = chosen.output / f"{name}-ops.json"
         command = [sys.executable, "-m", "benchmarks.ops", "--device", "cuda", "--json", str(target)]
         stages.append(run("benchmark", command, limit=240))
+        for hidden, vocabulary in LINEAR_HEADS:
+            target = chosen.output / f"{name}-linear-head-{hidden}.json"
+            sizes = ["--rows", "8192", "--hidden", str(hidden), "--vocabulary", str(vocabulary), "--rounds", "7"]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.linear_head",
+                "--device",
+                "cuda",
+                "--json",
+                str(target),
+                *sizes,
+            ]
+            stages.append(run(f"linear {hidden}", command, limit=120))
 
     machine = facts(torch.device("cuda"))
     write_results(

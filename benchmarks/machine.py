@@ -107,7 +107,7 @@ def write_results(path: Path, what: str, known: dict[str, Any], **content: Any) 
     Args:
         path: a file, or a folder (one that exists, or a path without a suffix), in which the file is called
             ``<machine>-<what>.json``.
-        what: ``ops``, ``accuracy``, ``step`` or ``resources``.
+        what: ``ops``, ``accuracy``, ``step``, ``linear-head`` or ``resources``.
         known: of :func:`facts`, taken when the measurement began.
         content: the measurements.
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from alum_kernels import noise_init, projected_ascent, symmetric_kl, symmetric_kl_grad
+from alum_kernels.ops.dispatch import implementation
 
 pytestmark = pytest.mark.gpu
 
@@ -65,4 +66,17 @@ def test_symmetric_kl(backend, columns):
     names = launches(lambda: torch.autograd.grad(rows, (a, b), upstream, retain_graph=True))
     assert len(names) == 1, names
     names = launches(lambda: symmetric_kl_grad(a, b, reduction="none", backend=backend))
+    assert len(names) == 1, names
+    names = launches(lambda: symmetric_kl_grad(a, b, reduction="none", clean_gradient=True, backend=backend))
+    assert len(names) == 1, names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [30522, 128256])
+def test_rows_of_a_linear_head(backend, columns, dtype):
+    kernel = implementation("linear_symmetric_kl", backend)
+    logits = torch.randn(2, 1, 16, columns, device="cuda")
+    rows, grads = torch.empty(1, 16, device="cuda"), torch.empty(2, 1, 16, columns, device="cuda", dtype=dtype)
+    options = (True, "symmetric_kl", "full", 1.0)
+    names = launches(lambda: kernel.divergence_rows(*logits, None, None, rows, *grads, *options))
     assert len(names) == 1, names

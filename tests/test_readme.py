@@ -11,7 +11,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_there_is_an_example_of_each_use():
-    words = ("noise_init", "AdversarialObjective", "Trainer", "ProgressiveMaskingCollator")
+    words = ("noise_init", "linear_symmetric_kl", "AdversarialObjective", "Trainer", "ProgressiveMaskingCollator")
     assert len(BLOCKS) == len(words)
     for word, block in zip(words, BLOCKS, strict=True):
         assert word in block
@@ -23,6 +23,13 @@ def test_kernel_example():
     assert names["inner"].detach() > 0
     assert names["embeds"].grad.abs().sum() > 0
     assert (names["perturbed"] - names["embeds"]).abs().max() <= 1.001e-2
+
+
+def test_linear_head_example():
+    names: dict = {}
+    exec(BLOCKS[1], names)
+    assert names["hidden"].grad.abs().sum() > 0
+    assert names["head"].weight.grad.abs().sum() > 0
 
 
 @pytest.fixture
@@ -37,7 +44,7 @@ def test_loop_example(classifier):
     batch = {"input_ids": torch.randint(1, 50, (4, 6)), "labels": torch.tensor([0, 1, 2, 1])}
     before = classifier.classifier.weight.detach().clone()
     names = {"model": classifier, "loader": [batch, batch], "optimizer": torch.optim.SGD(classifier.parameters(), 0.1)}
-    exec(BLOCKS[1], names)
+    exec(BLOCKS[2], names)
     assert not torch.equal(before, classifier.classifier.weight)
 
 
@@ -49,7 +56,7 @@ def test_trainer_example(classifier, tmp_path):
         str(tmp_path), max_steps=2, per_device_train_batch_size=4, logging_steps=1, report_to=[], use_cpu=True
     )
     names = {"model": classifier, "args": args, "train": rows}
-    exec(BLOCKS[2], names)
+    exec(BLOCKS[3], names)
     logged = [entry for entry in names["trainer"].state.log_history if "loss" in entry]
     assert len(logged) == 2
     assert all(any("ascent_gain" in name for name in entry) for entry in logged)
@@ -60,7 +67,7 @@ def test_pre_training_example():
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
     tokenizer = transformers.BertTokenizer(vocab={word: index for index, word in enumerate(vocabulary)})
     names = {"documents": [["a b c", "d e"] * 50, ["f g h", "a h"] * 50], "tokenizer": tokenizer}
-    exec(BLOCKS[3], names)
+    exec(BLOCKS[4], names)
     state = transformers.TrainerState(global_step=9, max_steps=10)
     names["progress"].on_step_end(None, state, None)
     labels = names["collate"](list(names["pairs"]))["labels"]

@@ -12,7 +12,8 @@ never added after rounding: at a perturbation of 1e-5 that costs 1 % of d h and 
 side is wanted, S, half of each product and dW are left out. At most one chunk of logits exists at a time.
 
     differences   fp32 products, of fp32 inputs on any device and of every input on the CPU (half precision is widened)
-    sides         half-precision products with fp32 output (``out_dtype``), of half-precision inputs on CUDA
+    sides         half-precision products with fp32 output (``out_dtype``), of half-precision inputs on CUDA. Gradients
+                  are bf16 between products, also of fp16 inputs: S, of second order, would vanish in fp16
 """
 
 import os
@@ -138,6 +139,8 @@ class LinearDivergence:
         self.bias = None if bias is None else bias.float().contiguous()
         self.row_weight, self.clean_products = row_weight, clean_products
         self.dtype = dtype
+        self.gradient_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+        self.gradient_weight = self.weight.to(self.gradient_dtype)
         opposite = options.gradient == "detach_targets" and options.divergence == "symmetric_kl"
         self.opposite = opposite and options.soft_cap_at is None
         """Whether dJ/db = -dJ/da, so that S vanishes (under a soft cap they differ in the cap's slopes)."""
@@ -213,12 +216,12 @@ class LinearDivergence:
             gradients = logits if self.pairs else logits[count:]
         else:
             # the CPU's row kernel writes fp32
-            dtype = self.dtype if first.is_cuda else torch.float32
+            dtype = self.gradient_dtype if first.is_cuda else torch.float32
             gradients = torch.empty(
                 (2 * count if self.pairs else count, first.shape[1]), dtype=dtype, device=first.device
             )
         self._kernel(chunk, first, clean, self.bias, gradients, self.pairs, self.differences, inv_temperature)
-        return None if gradients is None else gradients.to(self.dtype)
+        return None if gradients is None else gradients.to(self.gradient_dtype)
 
     def _capped_rows(self, chunk: slice | Tensor, first: Tensor, clean: Tensor) -> Tensor | None:
         """The same around a soft cap, whose own passes are PyTorch's."""
@@ -235,7 +238,7 @@ class LinearDivergence:
             return None
         grad_sum = gradients[:count] if sums else torch.zeros_like(gradients) if self.pairs else None
         grad_a, grad_sum = uncap_gradients(gradients[-count:], grad_sum, difference, clean, cap, scale)
-        return (torch.cat([grad_sum, grad_a]) if self.pairs else grad_a).to(self.dtype)
+        return (torch.cat([grad_sum, grad_a]) if self.pairs else grad_a).to(self.gradient_dtype)
 
     def _kernel(
         self,
@@ -272,7 +275,7 @@ class LinearDivergence:
     ) -> None:
         count, result = gradients.shape[0] // 2, self.result
         if self.wanted.adv_hidden or self.wanted.hidden:
-            through = _wide_product(gradients, self.weight)
+            through = _wide_product(gradients, self.gradient_weight)
             if self.wanted.adv_hidden:
                 result.adv_hidden[chunk] = through[count:]
             if self.wanted.hidden:
@@ -290,7 +293,7 @@ class LinearDivergence:
     ) -> None:
         count, result = gradients.shape[0], self.result
         if self.wanted.adv_hidden or (self.wanted.hidden and self.opposite):
-            through = _wide_product(gradients, self.weight)
+            through = _wide_product(gradients, self.gradient_weight)
             if self.wanted.adv_hidden:
                 result.adv_hidden[chunk] = through
             if self.wanted.hidden and self.opposite:
@@ -305,5 +308,6 @@ class LinearDivergence:
             result.bias += gradients.sum(0, dtype=torch.float32)
 
     def _add_to_weight(self, gradients: Tensor, operands: Tensor) -> None:
+        operands = operands.to(self.gradient_dtype)
         _wide_product(gradients.T, operands, out=self.result.weight, accumulate=self._weight_written)
         self._weight_written = True
