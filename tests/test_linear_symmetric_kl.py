@@ -14,7 +14,8 @@ from alum_kernels import (
 )
 from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions, Wanted, rows_in_chunk
 from alum_kernels.ops.dispatch import implementation
-from alum_kernels.ops.symmetric_kl import GRADIENTS, REDUCTIONS
+from alum_kernels.ops.reductions import REDUCTIONS
+from alum_kernels.ops.symmetric_kl import GRADIENTS
 
 FUNCTIONS = {"symmetric_kl": linear_symmetric_kl, "kl": linear_kl}
 NAMES = ("adv_hidden", "hidden", "weight", "bias")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alum_kernels import squared_error
-from alum_kernels.ops.symmetric_kl import REDUCTIONS
+from alum_kernels.ops.reductions import REDUCTIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alum_kernels import js, kl, symmetric_kl, symmetric_kl_grad
-from alum_kernels.ops.symmetric_kl import GRADIENTS, REDUCTIONS
+from alum_kernels.ops.reductions import REDUCTIONS
+from alum_kernels.ops.symmetric_kl import GRADIENTS
 
 DIVERGENCES = {"symmetric_kl": symmetric_kl, "kl": kl, "js": js}
 HALF_PLACE = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

@@ -11,7 +11,7 @@ from alum_kernels.backends.reference import linear_symmetric_kl as reference
 from alum_kernels.ops import checks
 from alum_kernels.ops.dispatch import choose
 from alum_kernels.ops.linear_symmetric_kl import DIVERGENCES, as_autocast, check_linear
-from alum_kernels.ops.symmetric_kl import count, mask_weight, reduce_rows
+from alum_kernels.ops.reductions import mask_weight, reduce_rows, row_share
 
 
 def linear_products(hidden: Tensor, weight: Tensor, *, chunk_bytes: int | None = None) -> Tensor | None:
@@ -102,8 +102,7 @@ def linear_symmetric_kl_grad(
     if row_mask is not None:
         row_weight = row_mask.reshape(-1)
     else:
-        share = 1 / count(reduction, leading) if reduction != "none" else 1.0
-        row_weight = torch.full((), share, dtype=wide, device=hidden.device).expand(flat[1].shape[0])
+        row_weight = row_share(reduction, leading, hidden).expand(flat[1].shape[0])
     if chosen == "reference":
         leaf = flat[0].clone().requires_grad_()
         with torch.enable_grad():

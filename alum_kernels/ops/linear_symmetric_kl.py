@@ -15,7 +15,8 @@ from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions,
 from alum_kernels.backends.reference import linear_symmetric_kl as reference
 from alum_kernels.ops import checks
 from alum_kernels.ops.dispatch import LIBRARY, choose, implementation
-from alum_kernels.ops.symmetric_kl import GRADIENTS, REDUCTIONS, count, mask_weight, reduce_rows
+from alum_kernels.ops.reductions import REDUCTIONS, mask_weight, reduce_rows, row_share
+from alum_kernels.ops.symmetric_kl import GRADIENTS
 
 DIVERGENCES = ("symmetric_kl", "kl")
 
@@ -281,8 +282,7 @@ def _divergence(
     if reduction == "none":
         return _Rows.apply(*flat, flat_mask, options, chosen).reshape(leading)
     if flat_mask is None:
-        share = torch.full((), 1 / count(reduction, leading), dtype=torch.float32, device=hidden.device)
-        flat_mask = share.expand(flat[1].shape[0])
+        flat_mask = row_share(reduction, leading, hidden).expand(flat[1].shape[0])
     return _Reduced.apply(*flat, flat_mask, options, chosen)
 
 

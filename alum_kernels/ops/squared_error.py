@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from alum_kernels.ops import checks
-from alum_kernels.ops.symmetric_kl import REDUCTIONS, mask_weight, reduce_rows
+from alum_kernels.ops.reductions import REDUCTIONS, mask_weight, reduce_rows
 
 GRADIENTS = ("full", "detach_clean")
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from alum_kernels.backends.reference import symmetric_kl as reference
 from alum_kernels.ops import checks
 from alum_kernels.ops.dispatch import LIBRARY, choose, implementation
+from alum_kernels.ops.reductions import REDUCTIONS, mask_weight, reduce_rows, row_share
 
-REDUCTIONS = ("mean", "sum", "batchmean", "none")
 GRADIENTS = ("full", "detach_targets", "detach_clean")
 ROW_STATISTICS = 5
 
@@ -214,38 +214,6 @@ def _as_rows(logits: Tensor) -> Tensor:
     return logits if logits.dim() == 3 else logits.flatten(0, -3)
 
 
-def mask_weight(mask: Tensor | None, reduction: str, rows: torch.Size, logits_dtype: torch.dtype) -> Tensor | None:
-    """Weight of each row in the reduced loss: the mask over what the reduction divides by, formed once.
-
-    fp32, and fp64 for fp64 logits.
-
-    mean = sum over unmasked rows / their number; batchmean = sum / first dimension, masked rows included. An empty
-    count divides by one: the sum is then zero. None, without a mask, stands for equal weights of 1 / :func:`count`.
-    """
-    if mask is None:
-        return None
-    kept = (mask != 0).to(torch.promote_types(logits_dtype, torch.float32))
-    if reduction == "mean":
-        return kept / kept.sum().clamp(min=1)
-    return kept / max(rows[0], 1) if reduction == "batchmean" else kept
-
-
-def count(reduction: str, rows: torch.Size) -> int:
-    """What the sum over unmasked rows of this leading shape is divided by."""
-    if reduction == "mean":
-        return max(rows.numel(), 1)
-    return max(rows[0], 1) if reduction == "batchmean" else 1
-
-
-def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """Reduce losses of rows, in the leading shape of the logits."""
-    if reduction == "none":
-        return rows if weight is None else torch.where(weight != 0, rows, 0)
-    if weight is not None:
-        return (rows * weight).sum()
-    return rows.sum() if reduction == "sum" else rows.sum() / count(reduction, rows.shape)
-
-
 def _divergence(
     name: str,
     adv_logits: Tensor,
@@ -399,13 +367,12 @@ def symmetric_kl_grad(
     chosen = choose("symmetric_kl", backend, adv_logits, divergence)
     weight = mask_weight(mask, reduction, adv_logits.shape[:-1], adv_logits.dtype)
     a, b = _as_rows(adv_logits.detach()), _as_rows(logits.detach())
-    if weight is None:
-        row_weight = None
-        if reduction in ("mean", "batchmean"):
-            one = torch.ones((), dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
-            row_weight = (one / count(reduction, adv_logits.shape[:-1])).expand(a.shape[:2])
-    else:
+    if weight is not None:
         row_weight = weight.reshape(a.shape[:2])
+    elif reduction in ("mean", "batchmean"):
+        row_weight = row_share(reduction, adv_logits.shape[:-1], a).expand(a.shape[:2])
+    else:
+        row_weight = None
     if chosen == "reference":
         rows, _ = reference.loss(a, b, row_weight, divergence=divergence, inv_temperature=inv_temperature)
         upstream = torch.full_like(rows, grad_scale) if row_weight is None else row_weight * grad_scale
