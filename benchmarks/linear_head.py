@@ -31,7 +31,14 @@ import torch
 from torch import Tensor
 
 from alum_kernels import linear_symmetric_kl, symmetric_kl
-from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions, Wanted, chunk_budget
+from alum_kernels.backends.linear_chunks import (
+    LinearDivergence,
+    LinearOptions,
+    Wanted,
+    plan_of,
+    rows_in_chunk,
+    wide_product,
+)
 from alum_kernels.ops.dispatch import choose, implementation
 from benchmarks.eager_kl import eager_symmetric_kl
 from benchmarks.machine import describe, facts, write_results
@@ -168,30 +175,21 @@ def liger(operands: Operands) -> Call | None:
     return call
 
 
-def products_alone(operands: Operands, columns: int) -> Call:
+def products_alone(operands: Operands) -> Call:
     """The three stacked products over chunks as the fused divergence takes them, and nothing else."""
     hidden, adv_hidden, weight = operands.hidden, operands.adv_hidden, operands.weight
-    rows = hidden.shape[0]
-    wide = weight.is_cuda and weight.dtype != torch.float32
-    weight = weight if wide else weight.float()
-    size = max(chunk_budget(None, hidden.device) // (columns * (12 if wide else 8)), 1)
-
-    def product(x: Tensor, y: Tensor) -> Tensor:
-        return torch.mm(x, y, out_dtype=torch.float32) if wide else torch.mm(x, y)
+    rows, columns = hidden.shape[0], weight.shape[0]
+    dtype = torch.float32 if plan_of(hidden) == "differences" else hidden.dtype
+    weight, options = weight.to(dtype), LinearOptions("symmetric_kl", "full")
+    size = rows_in_chunk(rows, columns, options, hidden.device, dtype.itemsize)
+    total = torch.empty(weight.shape, dtype=torch.float32, device=hidden.device)
 
     def call() -> object:
-        total = None
         for begin in range(0, rows, size):
-            x = torch.cat([hidden[begin : begin + size], adv_hidden[begin : begin + size]]).to(weight.dtype)
-            logits = product(x, weight.T)
-            gradients = logits.to(weight.dtype)
-            through = product(gradients, weight)
-            if total is None:
-                total = product(gradients.T, x)
-            elif wide:
-                torch.ops.aten.addmm.dtype_out(total, gradients.T, x, torch.float32, out=total)
-            else:
-                total.addmm_(gradients.T, x)
+            x = torch.cat([hidden[begin : begin + size], adv_hidden[begin : begin + size]]).to(dtype)
+            gradients = wide_product(x, weight.T).to(dtype)
+            through = wide_product(gradients, weight)
+            wide_product(gradients.T, x, out=total, accumulate=begin > 0)
         return through, total
 
     return call
@@ -203,7 +201,7 @@ def providers(operands: Operands) -> dict[str, Call]:
     compiled = torch.compile(eager, dynamic=False)
     calls = {
         "fused": lambda: torch.autograd.grad(linear_symmetric_kl(*leaves), leaves),
-        "products": products_alone(operands, operands.weight.shape[0]),
+        "products": products_alone(operands),
         "eager": lambda: torch.autograd.grad(eager(*leaves), leaves),
         "compile": lambda: torch.autograd.grad(compiled(*leaves), leaves),
     }

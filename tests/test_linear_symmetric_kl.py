@@ -129,13 +129,27 @@ def test_masked_rows_count_nowhere_whatever_they_hold(place):
     clean = value_and_gradients(given, "symmetric_kl", mask=mask, backend=place.backend)
     spoilt = {**given, "hidden": given["hidden"].clone(), "adv_hidden": given["adv_hidden"].clone()}
     spoilt["hidden"][2], spoilt["adv_hidden"][2] = float("nan"), float("inf")
-    found = value_and_gradients(spoilt, "symmetric_kl", mask=mask, backend=place.backend)
-    if place.backend == "reference":  # it multiplies by zero where the kernels gather
-        assert torch.equal(found[0], clean[0])
-        return
-    for name in NAMES:
-        assert torch.equal(found[1][name], clean[1][name]), name
-    assert (found[1]["hidden"][2] == 0).all()
+    for gather_rows in (True, False):
+        found = value_and_gradients(spoilt, "symmetric_kl", mask=mask, gather_rows=gather_rows, backend=place.backend)
+        assert_close(found, clean, value=0 if gather_rows else 1e-7, gradient=0 if gather_rows else 1e-6)
+        assert (found[1]["hidden"][2] == 0).all()
+        assert (found[1]["adv_hidden"][2] == 0).all()
+
+
+def test_without_a_graph_no_gradient_is_formed(kernel_place, monkeypatch):
+    wanted = []
+
+    class Seen(LinearDivergence):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            wanted.append(self.wanted)
+
+    monkeypatch.setattr("alum_kernels.ops.linear_symmetric_kl.LinearDivergence", Seen)
+    leaves = [tensor.requires_grad_() for tensor in operands(device=kernel_place.device).values()]
+    with torch.no_grad():
+        linear_symmetric_kl(*leaves, backend=kernel_place.backend)
+    linear_symmetric_kl(*leaves, backend=kernel_place.backend)
+    assert wanted == [Wanted(), Wanted(True, True, True, True)]
 
 
 def test_without_bias_and_with_few_gradients(place):
@@ -163,9 +177,8 @@ def test_tied_weights_receive_both_gradients(place):
         linear_symmetric_kl(hidden + noise.to(weight), hidden, weight, backend=backend).backward()
         return weight.grad
 
-    expected = gradient(given["weight"].cpu().double(), "reference") if place.device == "cpu" else None
-    if expected is not None:
-        assert error(gradient(given["weight"], place.backend), expected) <= 5e-6
+    exact = gradient(given["weight"].double(), "reference")
+    assert error(gradient(given["weight"], place.backend), exact.cpu()) <= 5e-6
 
 
 def test_a_result_may_be_used_twice_and_kept(place):
@@ -370,14 +383,14 @@ def test_compiles_whole(kernel_place, dynamic):
 def test_opcheck(kernel_place):
     given = operands(rows=5, size=4, columns=9, device=kernel_place.device)
     weight = torch.tensor([0.5, 0.0, 1.0, 0.25, 1.0], device=kernel_place.device)
-    for wanted, soft_cap, row_weight in (
-        ([True, True, True, True], None, weight),
-        ([True, False, False, False], 3.0, None),
-        ([False, False, False, False], None, weight),
+    for wanted, soft_cap, row_weight, masked in (
+        ([True, True, True, True], None, weight, "gather"),
+        ([True, False, False, False], 3.0, None, "none"),
+        ([False, False, False, False], None, weight, "keep"),
     ):
         torch.library.opcheck(
             torch.ops.alum_kernels.linear_symmetric_kl.default,
-            (*given.values(), row_weight, None, "symmetric_kl", "full", 1.0, 1.0, soft_cap, True, None, wanted,
+            (*given.values(), row_weight, None, "symmetric_kl", "full", 1.0, 1.0, soft_cap, masked, None, wanted,
              kernel_place.backend),
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
         )  # fmt: skip
@@ -401,6 +414,7 @@ def test_opcheck(kernel_place):
             ValueError,
             r"^adv_hidden: expected shape \(..., H\)",
         ),
+        ({"adv_hidden": [1.0]}, TypeError, "^adv_hidden: expected a tensor, got list"),
         ({"weight": [1.0]}, TypeError, "^weight: expected a tensor, got list"),
         ({"mask": torch.ones(6)}, TypeError, "^mask: expected bool or integers"),
         ({"mask": torch.ones(6, dtype=torch.bool)}, ValueError, r"^mask: expected shape \(7,\), got \(6,\)"),
@@ -418,9 +432,41 @@ def test_wrong_arguments(changes, kind, message):
         linear_symmetric_kl(**{**operands(), **changes})
 
 
-def test_kept_products_of_another_shape():
-    with pytest.raises(ValueError, match=r"^clean_products: expected shape \(7, 70\), got \(7, 69\)"):
-        linear_symmetric_kl_grad(**operands(), clean_products=torch.zeros(7, 69))
+@pytest.mark.parametrize(
+    ("products", "kind", "message"),
+    [
+        (torch.zeros(7, 69), ValueError, r"^clean_products: expected shape \(7, 70\), got \(7, 69\)"),
+        (torch.zeros(7, 70).double(), TypeError, "^clean_products: expected dtype torch.float32, got torch.float64"),
+    ],
+)
+def test_kept_products_that_do_not_fit(products, kind, message):
+    with pytest.raises(kind, match=message):
+        linear_symmetric_kl_grad(**operands(), clean_products=products)
+    with pytest.raises(ValueError, match=r"^weight: expected shape \(V, 12\) as hidden, got \(70, 11\)"):
+        linear_products(torch.zeros(7, 12), torch.zeros(70, 11))
+
+
+def test_grad_scale_keeps_half_precision_gradients_apart_from_zero(place):
+    given = operands(perturbation=2e-3, dtype=torch.float16, device=place.device)
+    options = {"reduction": "mean", "backend": place.backend}
+    _, plain = linear_symmetric_kl_grad(*given.values(), **options)
+    _, scaled = linear_symmetric_kl_grad(*given.values(), grad_scale=2.0**10, **options)
+    expected = in_float64(given, "symmetric_kl", gradient="detach_clean")[1]["adv_hidden"] * 2.0**10
+    assert plain.dtype == scaled.dtype == torch.float16
+    assert error(scaled, expected) <= 2e-3
+    assert error(plain * 2.0**10, expected) > error(scaled, expected)
+
+
+def test_a_default_dtype_of_float64_changes_nothing(kernel_place):
+    given = operands(device=kernel_place.device)
+    expected = value_and_gradients(given, "symmetric_kl", soft_cap=4.0, backend=kernel_place.backend)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = value_and_gradients(given, "symmetric_kl", soft_cap=4.0, backend=kernel_place.backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(found[1][name], expected[1][name]) for name in NAMES)
 
 
 def test_a_backend_that_cannot_serve_says_why():

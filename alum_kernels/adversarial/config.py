@@ -9,9 +9,8 @@ from alum_kernels.adversarial.heads import POSITIONS
 from alum_kernels.ops.checks import DISTRIBUTIONS, check_choice, check_magnitude
 from alum_kernels.ops.dispatch import BACKENDS
 from alum_kernels.ops.projected_ascent import LEVELS, NORMALIZE, NORMS
-from alum_kernels.ops.symmetric_kl import GRADIENTS
+from alum_kernels.ops.symmetric_kl import DIVERGENCES, GRADIENTS
 
-DIVERGENCES = ("symmetric_kl", "kl", "js")
 DROPOUT = ("shared", "independent", "off")
 
 _CHOICES = {
@@ -100,7 +99,7 @@ class AdversarialConfig:
                 raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
             if value < 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
-        if self.fused_head not in (None, True, False):
+        if self.fused_head is not None and not isinstance(self.fused_head, bool):
             raise TypeError(f"fused_head: expected True, False or None, got {self.fused_head!r}")
         if isinstance(self.modules, str):
             raise TypeError("modules: expected a sequence of module names, got one string")

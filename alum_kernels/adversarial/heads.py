@@ -17,7 +17,7 @@ TOKEN_HEADS = ("masked_lm", "causal_lm")
 
 POSITIONS = ("labelled", "all")
 
-LABEL_KEYS = ("labels", "label", "label_ids", "next_sentence_label", "num_items_in_batch")
+LABEL_KEYS = ("labels", "label", "label_ids", "shift_labels", "next_sentence_label", "num_items_in_batch")
 """Entries of a batch that only the task's loss reads; the perturbed passes go without them."""
 
 IGNORED_LABEL = -100
@@ -68,10 +68,12 @@ class Head:
 
     def labels(self, batch: Mapping[str, Any]) -> Tensor:
         """(B, S) labels of the token that each position predicts, ``IGNORED_LABEL`` where there is none."""
-        labels = batch.get("labels")
+        labels, shifted = batch.get("labels"), batch.get("shift_labels")
+        if self.name == "causal_lm" and isinstance(shifted, Tensor):
+            return shifted
         if not isinstance(labels, Tensor) or labels.dim() != 2:
             raise ValueError(
-                f"batch: expected 'labels' (B, S) for a {self.name} head, whose labelled positions are compared"
+                f"batch: expected 'labels' (B, S) for a {self.name} head, got {', '.join(batch) or 'an empty batch'}"
             )
         if self.name == "masked_lm":
             return labels

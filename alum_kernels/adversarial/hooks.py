@@ -102,10 +102,6 @@ class PerturbationHooks:
         finally:
             self._replace = None
 
-    def restart(self) -> None:
-        """Within a pass: forget what ran so far, since the forward is about to run again."""
-        self._calls = [0] * len(self.names)
-
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
         """Within the context outputs stay as they are; the list receives a detached copy of each module's.

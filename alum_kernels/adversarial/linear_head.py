@@ -1,11 +1,11 @@
-"""A language model's output projection, taken apart from it, so that its logits are never formed.
+"""A language model's output projection, taken apart from it, so that its logits need not be formed.
 
 The model runs as it is, except that its projection gives the logits of a few classes only; the hidden states that it
 was given go to ``linear_symmetric_kl`` and to a chunked cross-entropy, on the rows that count.
 
-A model is recognised by what it does, not by its name: its output embeddings are one plain ``nn.Linear`` over the
-vocabulary, and in the first pass the few logits that the model returns must be what the projection's formula says,
-logit scale and soft cap of the configuration included.
+A model is taken for such a one if its output embeddings are one plain ``nn.Linear`` over the vocabulary, and if it
+behaves so on one sample: the few logits that it returns are what the projection's formula says, logit scale and soft
+cap of the configuration included, and its own loss is the mean cross-entropy of the labels.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from alum_kernels.backends.linear_chunks import chunk_budget
+from alum_kernels.backends.soft_cap import finished_logits
+from alum_kernels.ops.linear_cross_entropy import linear_cross_entropy
 
 PROBED_CLASSES = 8
 """Classes whose logits the model still forms."""
@@ -32,59 +32,30 @@ class Captured:
     autocast: torch.dtype | None = None
 
 
-@dataclass(frozen=True)
 class LinearHead:
     """logits = cap tanh(scale (hidden weight^T + bias) / cap), or without the cap.
 
-    Attributes:
+    Args:
         projection: the module; its weight (V, H) and bias (V,) are those of the moment, tied or not.
         logit_scale, soft_cap: as in :func:`alum_kernels.linear_symmetric_kl`.
     """
 
-    projection: nn.Linear
-    logit_scale: float = 1.0
-    soft_cap: float | None = None
+    def __init__(self, projection: nn.Linear, logit_scale: float = 1.0, soft_cap: float | None = None) -> None:
+        self.projection, self.logit_scale, self.soft_cap = projection, logit_scale, soft_cap
+        self._captured: Captured | None = None
+        # one object for every pass: a compiled model would take another one for another model
+        self._narrow_forward = self._narrow
 
     @contextmanager
     def capturing(self) -> Iterator[Captured]:
         """Within the context the projection keeps what it is given, and gives the first few logits only."""
-        captured = Captured()
-        projection = self.projection
-
-        def narrow(hidden: Tensor) -> Tensor:
-            captured.hidden.append(hidden)
-            device = hidden.device.type
-            captured.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            bias = None if projection.bias is None else projection.bias[:PROBED_CLASSES]
-            return functional.linear(hidden, projection.weight[:PROBED_CLASSES], bias)
-
-        projection.forward = narrow
+        self._captured = Captured()
+        self.projection.forward = self._narrow_forward
         try:
-            yield captured
+            yield self._captured
         finally:
-            del projection.forward  # the class's own is found again
-
-    def finish(self, products: Tensor) -> Tensor:
-        """Logits of products to which the bias has been added."""
-        scaled = products if self.logit_scale == 1.0 else products * self.logit_scale
-        return scaled if self.soft_cap is None else self.soft_cap * torch.tanh(scaled / self.soft_cap)
-
-    def mismatch(self, captured: Captured, logits: Any) -> str | None:
-        """Why the logits that a model returned are not those of this formula, or None if they are. The host waits."""
-        calls, name = len(captured.hidden), type(self.projection).__name__
-        if calls != 1:
-            return f"its output projection ({name}) ran {calls} times in a forward pass"
-        with torch.no_grad(), self.autocast(captured):
-            bias = None if self.projection.bias is None else self.projection.bias[:PROBED_CLASSES]
-            weight = self.projection.weight[:PROBED_CLASSES]
-            expected = self.finish(functional.linear(captured.hidden[0], weight, bias))
-        if not isinstance(logits, Tensor) or logits.shape != expected.shape:
-            return "its predictions do not have the shape of its output projection's"
-        tolerance = 16 * torch.finfo(expected.dtype).eps
-        found, expected = logits.detach().float(), expected.float()
-        if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
-            return "its logits are not its output projection's, scaled and capped as its configuration says"
-        return None
+            del self.projection.forward  # the class's own is found again
+            self._captured = None
 
     def autocast(self, captured: Captured) -> AbstractContextManager[None]:
         """The autocast under which the projection ran."""
@@ -92,34 +63,51 @@ class LinearHead:
             return nullcontext()
         return torch.autocast(self.projection.weight.device.type, dtype=captured.autocast)
 
+    def mismatch(self, captured: Captured, logits: Any) -> str | None:
+        """Why the logits that a model returned are not those of this formula, or None if they are. The host waits."""
+        if len(captured.hidden) != 1:
+            return f"its output projection ran {len(captured.hidden)} times in a forward pass"
+        with torch.no_grad(), self.autocast(captured):
+            expected = finished_logits(self._few_products(captured.hidden[0]), self.logit_scale, self.soft_cap)
+        if not isinstance(logits, Tensor) or logits.shape != expected.shape:
+            return "its predictions do not have the shape of its output projection's"
+        if not _close(logits, expected, expected.dtype):
+            return "its logits are not its output projection's, scaled and capped as its configuration says"
+        return None
+
     def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the cross-entropies of rows, fp32, without more than a chunk of their logits where they are many.
-
-        Args:
-            hidden: (N, H).
-            labels: (N,) int64.
-        """
-        weight, bias = self.projection.weight, self.projection.bias
-        plain = self.logit_scale == 1.0 and self.soft_cap is None
-        few = hidden.shape[0] * weight.shape[0] * 4 <= chunk_budget(None, hidden.device)
-        fused = getattr(functional, "linear_cross_entropy", None)
-        if plain and not few and fused is not None:
-            options = nn.LinearCrossEntropyOptions(allow_retain_graph=True)
-            return fused(hidden, weight, labels, linear_bias=bias, reduction="sum", options=options)
-        if few:
-            return self._cross_entropy_of_chunk(hidden, labels)
-        rows = max(chunk_budget(None, hidden.device) // (weight.shape[0] * 4), 1)
-        parts = [
-            checkpoint(self._cross_entropy_of_chunk, *pair, use_reentrant=False)
-            for pair in zip(hidden.split(rows), labels.split(rows), strict=True)
-        ]
-        return torch.stack(parts).sum()
-
-    def _cross_entropy_of_chunk(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = self.finish(functional.linear(hidden, self.projection.weight, self.projection.bias))
-        return functional.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum"
+        """Sum over rows (N, H) of the cross-entropy of their labels (N,)."""
+        return linear_cross_entropy(
+            hidden,
+            self.projection.weight,
+            labels,
+            self.projection.bias,
+            logit_scale=self.logit_scale,
+            soft_cap=self.soft_cap,
         )
+
+    def _narrow(self, hidden: Tensor) -> Tensor:
+        device, captured = hidden.device.type, self._captured
+        captured.hidden.append(hidden)
+        captured.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return self._few_products(hidden)
+
+    def _few_products(self, hidden: Tensor) -> Tensor:
+        weight, bias = self.projection.weight, self.projection.bias
+        return functional.linear(hidden, weight[:PROBED_CLASSES], None if bias is None else bias[:PROBED_CLASSES])
+
+
+def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Equal but for the rounding of ``dtype``."""
+    tolerance = 64 * torch.finfo(dtype).eps
+    found, expected = found.detach().double(), expected.detach().double()
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()), equal_nan=True)
+
+
+def losses_agree(found: Tensor, expected: Tensor, captured: Captured) -> bool:
+    """Whether two losses are the same but for the rounding of the hidden states (models use fp32 at the most)."""
+    dtype = captured.hidden[0].dtype if captured.autocast is None else captured.autocast
+    return _close(found, expected, torch.float32 if dtype == torch.float64 else dtype)
 
 
 def find_linear_head(model: nn.Module) -> LinearHead | str:
@@ -138,8 +126,6 @@ def find_linear_head(model: nn.Module) -> LinearHead | str:
     vocabulary = getattr(text, "vocab_size", projection.out_features)
     if projection.out_features < vocabulary or projection.out_features < PROBED_CLASSES:
         return f"its output embeddings have {projection.out_features} rows, not a vocabulary's"
-    if getattr(text, "output_router_logits", False):
-        return "its loss has terms of its router"
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
     cap = getattr(text, "final_logit_softcapping", None)
     return LinearHead(projection, scale, None if cap is None else float(cap))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
-from alum_kernels.adversarial.heads import LABEL_KEYS, TOKEN_HEADS, Head, detect_head
+from alum_kernels.adversarial.heads import TOKEN_HEADS, Head, detect_head
 from alum_kernels.adversarial.hooks import (
     PerturbationHooks,
     RandomState,
@@ -31,17 +31,25 @@ from alum_kernels.adversarial.hooks import (
     perturbed_modules,
     unwrap,
 )
-from alum_kernels.adversarial.linear_head import Captured, LinearHead, find_linear_head
-from alum_kernels.adversarial.passes import LinearPasses, LogitPasses, Passes, without_logits
+from alum_kernels.adversarial.linear_head import LinearHead, find_linear_head
+from alum_kernels.adversarial.passes import (
+    LinearPasses,
+    LogitPasses,
+    Passes,
+    loss_of,
+    one_sample,
+    refusal,
+    without_labels,
+)
 from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
 from alum_kernels.adversarial.predictions import (
-    LINEAR_DIVERGENCES,
     Prediction,
     divergence_sum,
-    mean_divergence,
+    mean_divergences,
     sum_and_gradients,
 )
 from alum_kernels.adversarial.telemetry import Telemetry
+from alum_kernels.ops.linear_arguments import LINEAR_DIVERGENCES
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 CleanPass = Callable[[], tuple[Tensor, Any]]
@@ -136,9 +144,8 @@ class AdversarialObjective:
         self._generator_state: Tensor | None = None
         self._constants = DeviceConstants(config)
         self._steps = 0
-        self.linear_head: LinearHead | None = None
-        self._linear_head_seen = False
-        self._find_linear_head()
+        self._verified = False
+        self.linear_head = self._find_linear_head()
 
     def __call__(self, **batch: Any) -> AdversarialOutput:
         """The loss of one batch, with a fresh draw of noise; call ``.loss.backward()`` on the result."""
@@ -169,6 +176,7 @@ class AdversarialObjective:
         batch: Mapping[str, Any],
         *,
         clean_pass: CleanPass | None = None,
+        standard_loss: bool = False,
         seed: Tensor | None = None,
         sample_offset: int = 0,
     ) -> AdversarialOutput:
@@ -178,6 +186,8 @@ class AdversarialObjective:
             batch: arguments of the model, labels included.
             clean_pass: a trainer's own way to run the model on the batch, giving (task loss, model output); None runs
                 ``model(**batch)``.
+            standard_loss: the loss of ``clean_pass`` is the model's own mean over the labels, so that a linear head may
+                stand in for it.
             seed: one-element int64 tensor, see :meth:`draw_seed`; None draws one. Batches that are accumulated into one
                 optimizer step share a seed and differ in ``sample_offset``; then splitting changes nothing.
             sample_offset: place of the batch's first sample in the global batch.
@@ -187,23 +197,36 @@ class AdversarialObjective:
             RuntimeError: a perturbed module did not run exactly once in the clean pass.
         """
         with dropout_off(self.model) if self.config.dropout == "off" else nullcontext():
-            return self._forward(batch, clean_pass, seed, sample_offset)
+            return self._forward(batch, clean_pass, standard_loss, seed, sample_offset)
 
     def _forward(
-        self, batch: Mapping[str, Any], clean_pass: CleanPass | None, seed: Tensor | None, sample_offset: int
+        self,
+        batch: Mapping[str, Any],
+        clean_pass: CleanPass | None,
+        standard_loss: bool,
+        seed: Tensor | None,
+        sample_offset: int,
     ) -> AdversarialOutput:
         config = self.config
         device = device_of(unwrap(self.model))
+        inputs = without_labels(batch)
+        linear = self._linear_head_for(batch, clean_pass, standard_loss)
         random = RandomState(device) if config.dropout == "shared" else None
-        inputs = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+        passes: Passes
         with self._hooks.recording() as embeds:
-            task_loss, outputs, passes, clean = self._clean_pass(batch, inputs, clean_pass)
+            if linear is not None:
+                passes = LinearPasses(self.head, batch, config.positions, linear)
+                task_loss, outputs, clean = passes.run_clean(lambda: self.model(**inputs))
+            else:
+                passes = LogitPasses(self.head, batch, config.positions)
+                task_loss, outputs = (clean_pass or (lambda: self._run_task(batch)))()
+                clean = passes.read(outputs)
 
         def perturbed_pass(model: nn.Module, replace: Callable[[int, Tensor], Tensor | None]) -> list[Prediction]:
             if random is not None:
                 random.restore()
             with self._hooks.replacing(replace):
-                return passes.run(lambda: model(**inputs))[1]
+                return passes.run(lambda: model(**inputs))
 
         perturbation = Perturbation(
             config,
@@ -230,11 +253,12 @@ class AdversarialObjective:
         adv = perturbed_pass(
             self.model, partial(perturbation.final, telemetry=config.telemetry, keep_delta=check_signal)
         )
-        divergence = mean_divergence(adv, clean, config)
+        means = mean_divergences(adv, clean, config)
+        divergence = means.sum()
         if config.telemetry:
             climbed = {}
             if start is not None:
-                climbed = {"start": start, "end": self._sum_of(adv, clean, divergence)}
+                climbed = {"start": start, "end": self._sum_of(adv, clean, means)}
             steps = torch.ones_like(divergence)
             self.telemetry.add(divergence=divergence, steps=steps, **climbed, **perturbation.figures())
         if check_signal:
@@ -249,59 +273,49 @@ class AdversarialObjective:
             outputs=outputs,
         )
 
-    def _clean_pass(
-        self, batch: Mapping[str, Any], inputs: Mapping[str, Any], clean_pass: CleanPass | None
-    ) -> tuple[Tensor, Any, Passes, list[Prediction]]:
-        """Task loss, model outputs, how this batch's passes are read, and the clean predictions."""
-        if clean_pass is not None and self.linear_head is not None:
-            self._refuse_linear_head("its clean pass is the caller's, which needs them")
-        if self.linear_head is not None:
-            passes = LinearPasses(self.head, batch, self.config.positions, self.linear_head)
-            outputs, captured = passes.capture(lambda: self.model(**inputs))
-            if self._linear_head_seen or self._accepts(passes, outputs, captured):
-                task_loss = passes.task_loss(outputs, captured)
-                return task_loss, without_logits(outputs, self.head), passes, passes.read(outputs, captured)
-            self._hooks.restart()
-        passes = LogitPasses(self.head, batch, self.config.positions)
-        task_loss, outputs = (clean_pass or (lambda: self._run_task(batch)))()
-        return task_loss, outputs, passes, passes.read(outputs)
-
-    def _find_linear_head(self) -> None:
-        config = self.config
-        if config.fused_head is False or not any(part.name in TOKEN_HEADS for part in self.head.parts):
-            return
+    def _find_linear_head(self) -> LinearHead | None:
+        config, tokens = self.config, any(part.name in TOKEN_HEADS for part in self.head.parts)
+        if config.fused_head is False or (config.fused_head is None and not tokens):
+            return None
+        unfused = {config.divergence, config.ascent_divergence} - set(LINEAR_DIVERGENCES)
+        if not tokens:
+            return self._refuse(f"its head is {self.head.name}")
         if self._loss is not None:
-            found = "its task loss is the caller's, of the logits"
-        elif not {config.divergence, config.ascent_divergence} <= set(LINEAR_DIVERGENCES):
-            found = f"there is no fused {'js' if config.divergence == 'js' else config.ascent_divergence}"
-        else:
-            found = find_linear_head(unwrap(self.model))
-        if isinstance(found, str):
-            return self._refuse_linear_head(found)
-        self.linear_head = found
+            return self._refuse("its task loss is the caller's, of the logits")
+        if unfused:
+            return self._refuse(f"there is no fused {', '.join(sorted(unfused))}")
+        found = find_linear_head(unwrap(self.model))
+        return self._refuse(found) if isinstance(found, str) else found
 
-    def _accepts(self, passes: LinearPasses, outputs: Any, captured: Captured) -> bool:
-        """Whether the head found is what the model computes; asked of its first pass."""
-        mismatch = self.linear_head.mismatch(captured, passes.token_logits(outputs))
-        if mismatch is not None:
-            self._refuse_linear_head(mismatch)
-        self._linear_head_seen = mismatch is None
-        return self._linear_head_seen
+    def _linear_head_for(
+        self, batch: Mapping[str, Any], clean_pass: CleanPass | None, standard_loss: bool
+    ) -> LinearHead | None:
+        """The linear head, if this batch can go through it; the first one with a label decides for all."""
+        if self.linear_head is None:
+            return None
+        if clean_pass is not None and not standard_loss:
+            self.linear_head = self._refuse("its clean pass is the caller's, of the logits")
+        elif not self._verified and (sample := one_sample(self.head, batch)) is not None:
+            reason = refusal(unwrap(self.model), self.head, sample, self.linear_head)
+            self.linear_head = self.linear_head if reason is None else self._refuse(reason)
+            self._verified = True
+        return self.linear_head
 
-    def _refuse_linear_head(self, reason: str) -> None:
-        self.linear_head = None
+    def _refuse(self, reason: str) -> None:
         name = type(unwrap(self.model)).__name__
         if self.config.fused_head:
-            raise ValueError(f"fused_head: {name} cannot be trained without its logits: {reason}")
+            raise ValueError(
+                f"fused_head: expected a model that can be trained without its logits, got {name}: {reason}"
+            )
         warnings.warn(
-            f"{name} is trained through its logits (AdversarialConfig(fused_head=False) says so too): {reason}",
-            stacklevel=4,
+            f"{name} is trained through its logits: {reason}. AdversarialConfig(fused_head=False) chooses that",
+            stacklevel=2,
         )
 
-    def _sum_of(self, adv: list[Prediction], clean: list[Prediction], divergence: Tensor) -> Tensor:
-        """The divergence that the ascent climbed, summed over compared rows."""
-        if len(clean) == 1 and self.config.ascent_divergence == self.config.divergence:
-            return divergence * clean[0].rows()
+    def _sum_of(self, adv: list[Prediction], clean: list[Prediction], means: Tensor) -> Tensor:
+        """The divergence that the ascent climbed, summed over compared rows and heads."""
+        if self.config.ascent_divergence == self.config.divergence:
+            return sum(mean * side.rows() for mean, side in zip(means, clean, strict=True))
         return divergence_sum(adv, [part.detached() for part in clean], self.config, self.config.ascent_divergence)
 
     def draw_seed(self, device: torch.device | None = None) -> Tensor:
@@ -330,10 +344,10 @@ class AdversarialObjective:
 
     def _run_task(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         if self._loss is not None:
-            outputs = self.model(**{key: value for key, value in batch.items() if key not in LABEL_KEYS})
+            outputs = self.model(**without_labels(batch))
             return self._loss(outputs, batch), outputs
         outputs = self.model(**batch)
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        loss = loss_of(outputs)
         if loss is None:
             raise ValueError(
                 "batch: expected 'labels', since the model computed no loss; "

@@ -17,7 +17,6 @@ FP16_GRAD_SCALE = 2.0**10
 The gradient itself may be as large as 63."""
 
 _LINEAR_DIVERGENCES = {"symmetric_kl": linear_symmetric_kl, "kl": linear_kl}
-LINEAR_DIVERGENCES = tuple(_LINEAR_DIVERGENCES)
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,10 @@ class Prediction:
         return self.values.shape[:-1].numel() if self.mask is None else self.mask.sum()
 
 
-def mean_divergence(adv: Sequence[Prediction], clean: Sequence[Prediction], config: AdversarialConfig) -> Tensor:
-    """The divergence of each head, the mean over its compared rows, added up; differentiable."""
+def mean_divergences(adv: Sequence[Prediction], clean: Sequence[Prediction], config: AdversarialConfig) -> Tensor:
+    """(heads,) divergence of each head, the mean over its compared rows; differentiable."""
     pairs = zip(adv, clean, strict=True)
-    return torch.stack([_reduced(a, c, config, config.divergence, "mean") for a, c in pairs]).sum()
+    return torch.stack([_reduced(a, c, config, config.divergence, "mean") for a, c in pairs])
 
 
 def _reduced(adv: Prediction, clean: Prediction, config: AdversarialConfig, divergence: str, reduction: str) -> Tensor:
@@ -122,7 +121,7 @@ def _sum(
         )
     head = adv.linear
     with head.autocast(adv.captured):
-        total, gradient = linear_symmetric_kl_grad(
+        return linear_symmetric_kl_grad(
             adv.values,
             clean.values,
             head.projection.weight,
@@ -131,6 +130,6 @@ def _sum(
             logit_scale=head.logit_scale,
             soft_cap=head.soft_cap,
             clean_products=clean.products,
+            grad_scale=grad_scale,
             **options,
         )
-    return total, (gradient * grad_scale).to(adv.values.dtype)

@@ -9,7 +9,8 @@ For C rows of hidden states h and h_adv under a head W (V, H), three stacked pro
 
 The difference of the logits is no difference of two rounded products where fp32 allows it, and the two gradients are
 never added after rounding: at a perturbation of 1e-5 that costs 1 % of d h and 6 % of dW. Where only the adversarial
-side is wanted, S, half of each product and dW are left out. At most one chunk of logits exists at a time.
+side is wanted, S, half of product 2 and dW are left out, and half of product 1 where the caller kept the clean side's.
+At most one chunk of logits exists at a time.
 
     differences   fp32 products, of fp32 inputs on any device and of every input on the CPU (half precision is widened)
     sides         half-precision products with fp32 output (``out_dtype``), of half-precision inputs on CUDA. Gradients
@@ -31,6 +32,8 @@ DEFAULT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 CHUNK_BYTES_VARIABLE = "ALUM_LINEAR_CHUNK_BYTES"
 
 PLANS = ("differences", "sides")
+MASKED_ROWS = ("none", "gather", "keep")
+"""Rows of weight zero: there are none, they are left out of the products, or they go through them as zeros."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ class LinearOptions:
     inv_temperature: float = 1.0
     logit_scale: float = 1.0
     soft_cap_at: float | None = None
-    gather_rows: bool = True
+    masked_rows: str = "none"
     chunk_bytes: int | None = None
-    plan: str | None = None
+    plan: str | None = None  # of the inputs' dtype and device, unless a test or a benchmark names one
 
 
 @dataclass(frozen=True)
@@ -84,22 +87,27 @@ def chunk_budget(chunk_bytes: int | None, device: torch.device) -> int:
 
 
 def plan_of(hidden: Tensor, plan: str | None = None) -> str:
+    """The plan that was named, or that of the inputs."""
     if plan is not None:
+        if plan not in PLANS:
+            raise ValueError(f"plan: expected one of {', '.join(map(repr, PLANS))}, got {plan!r}")
         return plan
     return "sides" if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) else "differences"
 
 
 def rows_in_chunk(rows: int, columns: int, options: LinearOptions, device: torch.device, gradient_bytes: int) -> int:
     """Rows of each chunk: as many as the budget holds, evenly over the chunks that it takes, at least one."""
-    buffers = 8 + (0 if gradient_bytes == 4 and options.soft_cap_at is None else 2 * gradient_bytes)
+    bytes_per_class = 8  # both products, and their gradients in the same place if they are fp32
     if options.soft_cap_at is not None:
-        buffers += 32  # tanh of both sides, and the capped logits beside the products
-    most = max(chunk_budget(options.chunk_bytes, device) // (columns * buffers), 1)
+        bytes_per_class += 40  # the capped logits, tanh of both sides, and gradients before and after the cap
+    elif gradient_bytes != 4:
+        bytes_per_class += 2 * gradient_bytes
+    most = max(chunk_budget(options.chunk_bytes, device) // (columns * bytes_per_class), 1)
     chunks = max(-(-rows // most), 1)
     return max(-(-rows // chunks), 1)
 
 
-def _wide_product(x: Tensor, y: Tensor, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
+def wide_product(x: Tensor, y: Tensor, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
     """x y in fp32, into ``out`` or added to it, accumulated in fp32 whatever the inputs' dtype.
 
     ``out_dtype`` of torch.mm exists on CUDA only; elsewhere half-precision inputs are widened, which gives the same.
@@ -109,7 +117,7 @@ def _wide_product(x: Tensor, y: Tensor, out: Tensor | None = None, accumulate: b
             return torch.mm(x, y)
         return out.addmm_(x, y) if accumulate else torch.mm(x, y, out=out)
     if not x.is_cuda:
-        return _wide_product(x.float(), y.float(), out, accumulate)
+        return wide_product(x.float(), y.float(), out, accumulate)
     if out is None:
         return torch.mm(x, y, out_dtype=torch.float32)
     if accumulate:
@@ -142,11 +150,11 @@ class LinearDivergence:
         self.gradient_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
         self.gradient_weight = self.weight.to(self.gradient_dtype)
         opposite = options.gradient == "detach_targets" and options.divergence == "symmetric_kl"
+        # dJ/db = -dJ/da, so that S vanishes (under a soft cap they differ in the cap's slopes)
         self.opposite = opposite and options.soft_cap_at is None
-        """Whether dJ/db = -dJ/da, so that S vanishes (under a soft cap they differ in the cap's slopes)."""
         both = options.gradient == "full" or (opposite and not self.opposite)
+        # both S and G_a are formed; otherwise G_a alone says everything
         self.pairs = both and (wanted.hidden or wanted.weight or wanted.bias)
-        """Whether both S and G_a are formed; otherwise G_a alone says everything."""
         (rows, hidden_size), columns, device = hidden.shape, weight.shape[0], hidden.device
 
         def zeros(wanted: bool, *shape: int) -> Tensor | None:
@@ -166,7 +174,7 @@ class LinearDivergence:
         """All chunks."""
         rows, columns = self.hidden.shape[0], self.weight.shape[0]
         kept = None
-        if self.row_weight is not None and self.options.gather_rows:
+        if self.row_weight is not None and self.options.masked_rows == "gather":
             kept = self.row_weight.nonzero().squeeze(1)  # its length is a number: on CUDA the host waits for it
             rows = kept.shape[0]
         size = rows_in_chunk(rows, columns, self.options, self.hidden.device, self.dtype.itemsize)
@@ -183,6 +191,9 @@ class LinearDivergence:
     def _chunk(self, chunk: slice | Tensor, logits: Tensor) -> None:
         count = logits.shape[0] // 2
         clean_hidden, adv_hidden = self.hidden[chunk], self.adv_hidden[chunk]
+        if self.row_weight is not None and self.options.masked_rows == "keep":
+            counts = (self.row_weight[chunk] != 0).unsqueeze(1)
+            clean_hidden, adv_hidden = torch.where(counts, clean_hidden, 0), torch.where(counts, adv_hidden, 0)
         operands = torch.empty((2 * count, self.hidden.shape[1]), dtype=self.dtype, device=self.hidden.device)
         operands[:count] = clean_hidden
         if self.differences:
@@ -191,10 +202,10 @@ class LinearDivergence:
             operands[count:] = adv_hidden
         clean, first = logits[:count], logits[count:]
         if self.clean_products is None:
-            _wide_product(operands, self.weight.T, out=logits)
+            wide_product(operands, self.weight.T, out=logits)
         else:
             clean = self.clean_products[chunk]
-            _wide_product(operands[count:], self.weight.T, out=first)
+            wide_product(operands[count:], self.weight.T, out=first)
         if self.options.soft_cap_at is None:
             gradients = self._rows(chunk, first, clean, logits)
         else:
@@ -232,7 +243,8 @@ class LinearDivergence:
         gradients = None
         sums = self.pairs and options.gradient == "full"
         if self.wanted.any():
-            gradients = torch.empty((2 * count if sums else count, first.shape[1]), device=first.device)
+            shape = (2 * count if sums else count, first.shape[1])
+            gradients = torch.empty(shape, dtype=torch.float32, device=first.device)
         self._kernel(chunk, difference, clean, None, gradients, sums, True, options.inv_temperature)
         if gradients is None:
             return None
@@ -275,7 +287,7 @@ class LinearDivergence:
     ) -> None:
         count, result = gradients.shape[0] // 2, self.result
         if self.wanted.adv_hidden or self.wanted.hidden:
-            through = _wide_product(gradients, self.gradient_weight)
+            through = wide_product(gradients, self.gradient_weight)
             if self.wanted.adv_hidden:
                 result.adv_hidden[chunk] = through[count:]
             if self.wanted.hidden:
@@ -293,7 +305,7 @@ class LinearDivergence:
     ) -> None:
         count, result = gradients.shape[0], self.result
         if self.wanted.adv_hidden or (self.wanted.hidden and self.opposite):
-            through = _wide_product(gradients, self.gradient_weight)
+            through = wide_product(gradients, self.gradient_weight)
             if self.wanted.adv_hidden:
                 result.adv_hidden[chunk] = through
             if self.wanted.hidden and self.opposite:
@@ -309,5 +321,5 @@ class LinearDivergence:
 
     def _add_to_weight(self, gradients: Tensor, operands: Tensor) -> None:
         operands = operands.to(self.gradient_dtype)
-        _wide_product(gradients.T, operands, out=self.result.weight, accumulate=self._weight_written)
+        wide_product(gradients.T, operands, out=self.result.weight, accumulate=self._weight_written)
         self._weight_written = True

@@ -12,6 +12,12 @@ import torch
 from torch import Tensor
 
 
+def finished_logits(products: Tensor, scale: float, cap: float | None) -> Tensor:
+    """Logits of products to which the bias has been added: scaled, and capped unless ``cap`` is None."""
+    scaled = products if scale == 1.0 else products * scale
+    return scaled if cap is None else cap * torch.tanh(scaled / cap)
+
+
 def soft_cap(difference: Tensor, clean: Tensor, cap: float, scale: float) -> tuple[Tensor, Tensor]:
     """(a - b, b) of capped logits from products ``difference`` and ``clean``, both times ``scale`` before the cap."""
     clean, difference = clean * (scale / cap), difference * (scale / cap)

@@ -43,6 +43,10 @@ class AdversarialTrainer(Trainer):
     step draws one seed, and each sample's noise is a function of that seed and its place in the step's batch: neither
     gradient accumulation nor the number of processes changes it. Checkpoints carry the state of the noise.
 
+    A language model with a linear head is trained without its logits (:class:`AdversarialObjective`): in training its
+    outputs then have none, and its loss is computed beside the model. A loss outside the model (``compute_loss_func``,
+    label smoothing) keeps the logits.
+
     Runs in one process or under ``DistributedDataParallel``.
 
     Args:
@@ -149,10 +153,8 @@ class AdversarialTrainer(Trainer):
 
         self.objective.model = model
         seed, sample_offset = self._place_of(find_batch_size(batch))
-        # where the objective does without the logits, it has the task's cross-entropy without them too
-        fused = self.objective.linear_head is not None and not outside
         result = self.objective.forward(
-            batch, clean_pass=None if fused else clean_pass, seed=seed, sample_offset=sample_offset
+            batch, clean_pass=clean_pass, standard_loss=not outside, seed=seed, sample_offset=sample_offset
         )
         loss = result.loss if items is None else result.loss * (items * processes) / num_items_in_batch
         return (loss, result.outputs) if return_outputs else loss

@@ -1,38 +1,57 @@
 """``linear_symmetric_kl_grad``: the part of ``linear_symmetric_kl`` that an ascent needs.
 
-One product gives the difference of the logits, one the gradient; the clean side's product may be kept over the steps.
+No gradient of the weight or of the clean side is formed, and the clean side's product may be kept over the steps.
 """
 
 import torch
 from torch import Tensor
 
-from alum_kernels.backends.linear_chunks import chunk_budget
+from alum_kernels.backends.linear_chunks import chunk_budget, wide_product
 from alum_kernels.backends.reference import linear_symmetric_kl as reference
 from alum_kernels.ops import checks
 from alum_kernels.ops.dispatch import choose
-from alum_kernels.ops.linear_symmetric_kl import DIVERGENCES, as_autocast, check_linear
-from alum_kernels.ops.reductions import mask_weight, reduce_rows, row_share
+from alum_kernels.ops.linear_arguments import (
+    LINEAR_DIVERGENCES,
+    as_autocast,
+    check_chunk_bytes,
+    check_head,
+    linear_call,
+    masked_rows,
+)
 
 
 def linear_products(hidden: Tensor, weight: Tensor, *, chunk_bytes: int | None = None) -> Tensor | None:
-    """``hidden weight^T`` in fp32, to be kept over the steps of an ascent, or None where it does not fit the budget.
+    """The clean logits without bias, ``hidden weight^T``, to be kept over the steps of an ascent if they fit.
 
     Args:
         hidden: (..., H) clean hidden states.
-        weight: (V, H).
-        chunk_bytes: as in :func:`linear_symmetric_kl`.
+        weight: (V, H) of the head.
+        chunk_bytes: what they may take; None as in :func:`linear_symmetric_kl`.
 
     Returns:
-        (N, V) fp32, without bias, for ``clean_products`` of :func:`linear_symmetric_kl_grad`.
+        (N, V) fp32 (fp64 for fp64 inputs), for ``clean_products`` of :func:`linear_symmetric_kl_grad`, without a graph;
+        None where they take more than the budget, which that argument accepts as well.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from alum_kernels import linear_products
+        >>> linear_products(torch.tensor([[1.0, 2.0]]), torch.eye(2))
+        tensor([[1., 2.]])
     """
+    checks.check_floating("hidden", hidden)
+    checks.check_floating("weight", weight)
+    check_head(hidden, weight)
+    check_chunk_bytes(chunk_bytes)
     hidden, weight = as_autocast(hidden.detach(), weight.detach())
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    if hidden.shape[0] * weight.shape[0] * 4 > chunk_budget(chunk_bytes, hidden.device):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if hidden.shape[0] * weight.shape[0] * wide.itemsize > chunk_budget(chunk_bytes, hidden.device):
         return None
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        if hidden.is_cuda and hidden.dtype != torch.float32:
-            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        return torch.mm(hidden.float(), weight.T.float())
+        return torch.mm(hidden, weight.T) if hidden.dtype == wide else wide_product(hidden, weight.T)
 
 
 def linear_symmetric_kl_grad(
@@ -47,6 +66,7 @@ def linear_symmetric_kl_grad(
     logit_scale: float = 1.0,
     soft_cap: float | None = None,
     divergence: str = "symmetric_kl",
+    grad_scale: float = 1.0,
     clean_products: Tensor | None = None,
     gather_rows: bool = True,
     chunk_bytes: int | None = None,
@@ -59,14 +79,18 @@ def linear_symmetric_kl_grad(
             :func:`linear_symmetric_kl`. With ``reduction="none"`` the gradient is that of the sum.
         chunk_bytes, backend: likewise.
         divergence: ``"symmetric_kl"`` or ``"kl"``.
-        clean_products: what :func:`linear_products` gave for ``hidden`` and ``weight``: over the K steps of an ascent
-            the clean side's product is then formed once.
+        grad_scale: the gradient is multiplied by it in fp32 before it is rounded; a power of two keeps fp16 gradients
+            out of the subnormals.
+        clean_products: (N, V), what :func:`linear_products` gave for ``hidden`` and ``weight``: over the K steps of an
+            ascent the clean side's product is then formed once. (The reference backend forms it anew.)
 
     Returns:
-        The loss, and d_adv_hidden (..., H) in fp32 (fp64 for fp64 inputs). Neither carries a graph.
+        The loss, and d_adv_hidden (..., H) in the dtype of ``adv_hidden``. Neither carries a graph.
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`linear_symmetric_kl`.
+
+    Source: the inner step of Liu et al., arXiv:2004.08994, Algorithm 1.
 
     Example:
         >>> import torch
@@ -75,56 +99,43 @@ def linear_symmetric_kl_grad(
         >>> linear_symmetric_kl_grad(hidden + 1, hidden, weight)
         (tensor(0.2311), tensor([[0.4277]]))
     """
-    checks.check_choice("divergence", divergence, DIVERGENCES)
-    given = [x if x is None else x.detach() for x in (adv_hidden, hidden, weight, bias)]
-    adv_hidden, hidden, weight, bias = as_autocast(*given)
-    check_linear(
+    checks.check_choice("divergence", divergence, LINEAR_DIVERGENCES)
+    checks.check_magnitude("grad_scale", grad_scale)
+    call = linear_call(
         adv_hidden,
         hidden,
         weight,
         bias,
-        mask,
-        reduction,
-        "detach_clean",
-        temperature,
-        logit_scale,
-        soft_cap,
-        chunk_bytes,
+        mask=mask,
+        reduction=reduction,
+        gradient="detach_clean",
+        temperature=temperature,
+        logit_scale=logit_scale,
+        soft_cap=soft_cap,
+        chunk_bytes=chunk_bytes,
     )
-    chosen = choose("linear_symmetric_kl", backend, hidden, divergence)
-    leading, size = hidden.shape[:-1], hidden.shape[-1]
-    flat = adv_hidden.reshape(-1, size), hidden.reshape(-1, size)
-    if clean_products is not None and tuple(clean_products.shape) != (flat[1].shape[0], weight.shape[0]):
-        expected = (flat[1].shape[0], weight.shape[0])
-        raise ValueError(f"clean_products: expected shape {expected}, got {checks.shape_of(clean_products)}")
-    row_mask = mask_weight(mask, reduction, leading, hidden.dtype)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    if row_mask is not None:
-        row_weight = row_mask.reshape(-1)
-    else:
-        row_weight = row_share(reduction, leading, hidden).expand(flat[1].shape[0])
+    chosen = choose("linear_symmetric_kl", backend, call.hidden, divergence)
+    if clean_products is not None:
+        _check_products(clean_products, call.hidden, call.weight)
+    inputs, row_weight = call.detached(), call.row_weight()
     if chosen == "reference":
-        leaf = flat[0].clone().requires_grad_()
+        leaf = inputs[0].clone().requires_grad_()
         with torch.enable_grad():
             rows = reference.rows(
                 leaf,
-                flat[1],
-                weight,
-                bias,
-                row_weight,
+                *inputs[1:],
+                call.row_mask,
                 divergence=divergence,
                 gradient="detach_clean",
                 inv_temperature=1.0 / temperature,
                 logit_scale=logit_scale,
                 soft_cap_at=soft_cap,
             )
-            (gradient,) = torch.autograd.grad((rows * row_weight).sum(), leaf)
-        rows, gradient = rows.detach(), gradient.to(wide)
+            (gradient,) = torch.autograd.grad((rows * row_weight).sum() * grad_scale, leaf)
+        rows = rows.detach()
     else:
         rows, gradient, *_ = torch.ops.alum_kernels.linear_symmetric_kl(
-            *flat,
-            weight,
-            bias,
+            *inputs,
             row_weight,
             clean_products,
             divergence,
@@ -132,9 +143,21 @@ def linear_symmetric_kl_grad(
             1.0 / temperature,
             logit_scale,
             soft_cap,
-            gather_rows and mask is not None,
+            masked_rows(mask, gather_rows),
             chunk_bytes,
             [True, False, False, False],
             chosen,
         )
-    return reduce_rows(rows.reshape(leading), row_mask, reduction), gradient.reshape(adv_hidden.shape)
+        gradient = gradient * grad_scale
+    return call.reduced(rows), gradient.to(adv_hidden.dtype).reshape(adv_hidden.shape)
+
+
+def _check_products(clean_products: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    checks.check_floating("clean_products", clean_products)
+    expected, wide = (hidden.shape[0], weight.shape[0]), torch.promote_types(hidden.dtype, torch.float32)
+    if tuple(clean_products.shape) != expected:
+        raise ValueError(f"clean_products: expected shape {expected}, got {checks.shape_of(clean_products)}")
+    if clean_products.dtype != wide:
+        raise TypeError(f"clean_products: expected dtype {wide}, got {clean_products.dtype}")
+    if clean_products.device != hidden.device:
+        raise ValueError(f"clean_products: expected device {hidden.device}, got {clean_products.device}")

@@ -13,17 +13,13 @@ from torch import Tensor
 
 from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions, Wanted
 from alum_kernels.backends.reference import linear_symmetric_kl as reference
-from alum_kernels.ops import checks
 from alum_kernels.ops.dispatch import LIBRARY, choose, implementation
-from alum_kernels.ops.reductions import REDUCTIONS, mask_weight, reduce_rows, row_share
-from alum_kernels.ops.symmetric_kl import GRADIENTS
-
-DIVERGENCES = ("symmetric_kl", "kl")
+from alum_kernels.ops.linear_arguments import linear_call, masked_rows
 
 LIBRARY.define(
     "linear_symmetric_kl(Tensor adv_hidden, Tensor hidden, Tensor weight, Tensor? bias, Tensor? row_weight,"
     " Tensor? clean_products, str divergence, str gradient, float inv_temperature, float logit_scale,"
-    " float? soft_cap, bool gather_rows, int? chunk_bytes, bool[4] wanted, str backend)"
+    " float? soft_cap, str masked_rows, int? chunk_bytes, bool[4] wanted, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -41,7 +37,7 @@ def _linear(
     inv_temperature: float,
     logit_scale: float,
     soft_cap: float | None,
-    gather_rows: bool,
+    masked_rows: str,
     chunk_bytes: int | None,
     wanted: list[bool],
     backend: str,
@@ -52,7 +48,7 @@ def _linear(
         inv_temperature=inv_temperature,
         logit_scale=logit_scale,
         soft_cap_at=soft_cap,
-        gather_rows=gather_rows,
+        masked_rows=masked_rows,
         chunk_bytes=chunk_bytes,
     )
     kernel = implementation("linear_symmetric_kl", backend)
@@ -82,7 +78,7 @@ def _linear_fake(
     inv_temperature,
     logit_scale,
     soft_cap,
-    gather_rows,
+    masked_rows,
     chunk_bytes,
     wanted,
     backend,
@@ -169,67 +165,6 @@ class _Rows(torch.autograd.Function):
         return *(next(scaled) if want else None for want in wanted), None, None, None
 
 
-def check_linear(
-    adv_hidden: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    reduction: str,
-    gradient: str,
-    temperature: float,
-    logit_scale: float,
-    soft_cap: float | None,
-    chunk_bytes: int | None,
-) -> None:
-    """Check the arguments of a linear divergence."""
-    for name, tensor in (("adv_hidden", adv_hidden), ("hidden", hidden), ("weight", weight)):
-        checks.check_floating(name, tensor)
-    if adv_hidden.dim() < 2:
-        raise ValueError(f"adv_hidden: expected shape (..., H) with a row dimension, got {checks.shape_of(adv_hidden)}")
-    checks.check_like("hidden", hidden, "adv_hidden", adv_hidden)
-    checks.check_rank("weight", weight, 2, "(V, H)")
-    if weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}) as hidden, got {checks.shape_of(weight)}")
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"weight: expected at least one class and one feature, got shape {checks.shape_of(weight)}")
-    others = [("weight", weight)]
-    if bias is not None:
-        checks.check_floating("bias", bias)
-        if tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {checks.shape_of(bias)}")
-        others.append(("bias", bias))
-    for name, tensor in others:
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {tensor.device}")
-        if tensor.dtype != hidden.dtype:
-            raise TypeError(
-                f"{name}: expected dtype {hidden.dtype} as hidden, got {tensor.dtype} "
-                "(under torch.autocast they may differ)"
-            )
-    checks.check_mask(mask, hidden.shape[:-1], hidden.device)
-    checks.check_choice("reduction", reduction, REDUCTIONS)
-    checks.check_choice("gradient", gradient, GRADIENTS)
-    if checks.check_magnitude("temperature", temperature) == 0:
-        raise ValueError("temperature: expected a number > 0, got 0")
-    checks.check_magnitude("logit_scale", logit_scale)
-    if soft_cap is not None and checks.check_magnitude("soft_cap", soft_cap) == 0:
-        raise ValueError("soft_cap: expected a number > 0 or None, got 0")
-    if chunk_bytes is not None and (isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int)):
-        raise TypeError(f"chunk_bytes: expected an int or None, got {type(chunk_bytes).__name__}")
-    if chunk_bytes is not None and chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes: expected a number > 0, got {chunk_bytes}")
-
-
-def as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What a linear layer's autocast does to its arguments: fp32 and half precision become the autocast's dtype."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
 def _divergence(
     divergence: str,
     adv_hidden: Tensor,
@@ -247,43 +182,38 @@ def _divergence(
     chunk_bytes: int | None,
     backend: str | None,
 ) -> Tensor:
-    adv_hidden, hidden, weight, bias = as_autocast(adv_hidden, hidden, weight, bias)
-    check_linear(
+    call = linear_call(
         adv_hidden,
         hidden,
         weight,
         bias,
-        mask,
-        reduction,
-        gradient,
-        temperature,
-        logit_scale,
-        soft_cap,
-        chunk_bytes,
+        mask=mask,
+        reduction=reduction,
+        gradient=gradient,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        soft_cap=soft_cap,
+        chunk_bytes=chunk_bytes,
     )
-    chosen = choose("linear_symmetric_kl", backend, hidden, divergence)
-    leading = hidden.shape[:-1]
-    row_mask = mask_weight(mask, reduction, leading, hidden.dtype)
-    flat_mask = None if row_mask is None else row_mask.reshape(-1)
-    flat = adv_hidden.reshape(-1, hidden.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), weight, bias
+    chosen = choose("linear_symmetric_kl", backend, call.hidden, divergence)
     if chosen == "reference":
         rows = reference.rows(
-            *flat,
-            flat_mask,
+            *call.tensors(),
+            call.row_mask,
             divergence=divergence,
             gradient=gradient,
             inv_temperature=1.0 / temperature,
             logit_scale=logit_scale,
             soft_cap_at=soft_cap,
         )
-        return reduce_rows(rows.reshape(leading), row_mask, reduction)
-    gather_rows = gather_rows and flat_mask is not None
-    options = (divergence, gradient, 1.0 / temperature, logit_scale, soft_cap, gather_rows, chunk_bytes)
+        return call.reduced(rows)
+    # without a graph nothing will ask for gradients, whatever the tensors require
+    inputs = call.tensors() if torch.is_grad_enabled() else call.detached()
+    masked = masked_rows(mask, gather_rows)
+    options = (divergence, gradient, 1.0 / temperature, logit_scale, soft_cap, masked, chunk_bytes)
     if reduction == "none":
-        return _Rows.apply(*flat, flat_mask, options, chosen).reshape(leading)
-    if flat_mask is None:
-        flat_mask = row_share(reduction, leading, hidden).expand(flat[1].shape[0])
-    return _Reduced.apply(*flat, flat_mask, options, chosen)
+        return _Rows.apply(*inputs, call.row_mask, options, chosen).reshape(call.leading)
+    return _Reduced.apply(*inputs, call.row_weight(), options, chosen)
 
 
 def linear_symmetric_kl(
@@ -305,9 +235,10 @@ def linear_symmetric_kl(
     """:func:`alum_kernels.symmetric_kl` of the logits that a linear head makes of two hidden states.
 
     Equal to ``symmetric_kl(head(adv_hidden), head(hidden))`` with ``head(h) = cap tanh(logit_scale (h W^T + bias) /
-    cap)``, without the tanh if ``soft_cap`` is None. But it never holds (N, V) logits, and keeps the digits that two
-    rounded logits lose: it forms the difference of the logits from the difference of the hidden states (fp32), or from
+    cap)``, without the tanh if ``soft_cap`` is None. But it holds at most ``chunk_bytes`` of logits at a time and keeps
+    the digits that two rounded logits lose: it forms their difference from that of the hidden states (fp32), or from
     fp32 logits of half-precision products. Gradients reach both hidden states, the weight and the bias.
+    fp32 products are as exact as ``torch.backends.cuda.matmul`` allows: with TF32 they keep three digits.
 
     Args:
         adv_hidden: (..., H) fp32, bf16, fp16 or fp64 (fp64 on the reference backend), at least one row dimension.

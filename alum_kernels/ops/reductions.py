@@ -12,7 +12,7 @@ def mask_weight(mask: Tensor | None, reduction: str, rows: torch.Size, logits_dt
     fp32, and fp64 for fp64 logits.
 
     mean = sum over unmasked rows / their number; batchmean = sum / first dimension, masked rows included. An empty
-    count divides by one: the sum is then zero. None, without a mask, stands for equal weights, those of :func:`row_share`.
+    count divides by one: the sum is then zero. None, without a mask, stands for the equal weights of :func:`row_share`.
     """
     if mask is None:
         return None
@@ -22,7 +22,7 @@ def mask_weight(mask: Tensor | None, reduction: str, rows: torch.Size, logits_dt
     return kept / max(rows[0], 1) if reduction == "batchmean" else kept
 
 
-def count(reduction: str, rows: torch.Size) -> int:
+def divisor(reduction: str, rows: torch.Size) -> int:
     """What the sum over unmasked rows of this leading shape is divided by."""
     if reduction == "mean":
         return max(rows.numel(), 1)
@@ -31,7 +31,7 @@ def count(reduction: str, rows: torch.Size) -> int:
 
 def row_share(reduction: str, rows: torch.Size, like: Tensor) -> Tensor:
     """The weight of every row where none is masked, a scalar of ``like``'s device; fp32, and fp64 for fp64 ``like``."""
-    share = 1.0 / count(reduction, rows)
+    share = 1.0 / divisor(reduction, rows)
     return torch.full((), share, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
@@ -41,4 +41,4 @@ def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
         return rows if weight is None else torch.where(weight != 0, rows, 0)
     if weight is not None:
         return (rows * weight).sum()
-    return rows.sum() if reduction == "sum" else rows.sum() / count(reduction, rows.shape)
+    return rows.sum() if reduction == "sum" else rows.sum() / divisor(reduction, rows.shape)

@@ -17,6 +17,7 @@ from alum_kernels.ops import checks
 from alum_kernels.ops.dispatch import LIBRARY, choose, implementation
 from alum_kernels.ops.reductions import REDUCTIONS, mask_weight, reduce_rows, row_share
 
+DIVERGENCES = ("symmetric_kl", "kl", "js")
 GRADIENTS = ("full", "detach_targets", "detach_clean")
 ROW_STATISTICS = 5
 
@@ -361,7 +362,7 @@ def symmetric_kl_grad(
         >>> symmetric_kl_grad(adv_logits, logits)
         (tensor(0.2311), tensor([[ 0.4277, -0.4277]]))
     """
-    checks.check_choice("divergence", divergence, ("symmetric_kl", "kl", "js"))
+    checks.check_choice("divergence", divergence, DIVERGENCES)
     inv_temperature = _check(adv_logits, logits, mask, reduction, gradient, temperature)
     checks.check_magnitude("grad_scale", grad_scale)
     chosen = choose("symmetric_kl", backend, adv_logits, divergence)

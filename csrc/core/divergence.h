@@ -104,6 +104,22 @@ ALUM_INLINE Logits<F> logits_apart(F difference, F b) {
   return {b + difference, b, {difference, F{}}};
 }
 
+// What the two rows of a pair hold: both logits, or what comes out of a product with a head's weight, to which its bias
+// is still to be added: both logits, or the difference a - b and b.
+enum class RowForm { kLogits, kBiasedLogits, kBiasedDifferences };
+
+// A class from what its rows hold; the bias is no part of the difference.
+template <RowForm kForm, class F>
+ALUM_INLINE Logits<F> class_of(F first, F b, F bias) {
+  if constexpr (kForm == RowForm::kLogits) {
+    return two_logits(first, b);
+  } else if constexpr (kForm == RowForm::kBiasedDifferences) {
+    return logits_apart(first, b + bias);
+  } else {
+    return {first + bias, b + bias, exact_difference(first, b)};
+  }
+}
+
 // Neither side may hold NaN or +inf; a class that is -inf on one side only makes the divergence infinite.
 template <class F>
 ALUM_INLINE auto is_regular(F a, F b) {

@@ -21,26 +21,14 @@ ALUM_BEGIN
 // Vectors that are summed in fp32 before the sum is carried on in double.
 constexpr int kFold = 64;
 
-// What the two rows of a pair hold: both logits, or what comes out of a product with a head's weight, to which its bias
-// is still to be added: both logits, or b and the difference a - b.
-enum class RowForm { kLogits, kBiasedLogits, kBiasedDifferences };
-
 template <class T, RowForm kForm>
 struct RowPair {
   const T *first, *b;
   int64_t columns;
   const float* bias;  // (V,) or null
 
-  template <class F>
-  ALUM_INLINE Logits<F> logits(F first_values, F b_values, F bias_values) const {
-    if constexpr (kForm == RowForm::kLogits) return two_logits(first_values, b_values);
-    if constexpr (kForm == RowForm::kBiasedDifferences) return logits_apart(first_values, b_values + bias_values);
-    // the bias is no part of the difference
-    return {first_values + bias_values, b_values + bias_values, exact_difference(first_values, b_values)};
-  }
-
   ALUM_INLINE Logits<float> at(int64_t v) const {
-    return logits<float>(widen(first[v]), widen(b[v]), bias == nullptr ? 0.0f : bias[v]);
+    return class_of<kForm>(widen(first[v]), widen(b[v]), bias == nullptr ? 0.0f : bias[v]);
   }
 
   // body(v, count, logits) for every vector of columns; count < kWidth in the last one only, where lanes beyond it are
@@ -51,13 +39,14 @@ struct RowPair {
     int64_t v = begin;
     for (; v + kWidth <= end; v += kWidth) {
       const Vec added = kForm == RowForm::kLogits || bias == nullptr ? Vec{} : load(bias + v);
-      body(v, std::integral_constant<int64_t, kWidth>{}, logits<Vec>(load(from_first + v), load(from_b + v), added));
+      body(v, std::integral_constant<int64_t, kWidth>{},
+           class_of<kForm>(load(from_first + v), load(from_b + v), added));
     }
     if (v == end) return;
     const Vec dead = broadcast<Vec>(-__builtin_inff()), none = kForm == RowForm::kBiasedDifferences ? Vec{} : dead;
     const Vec added = kForm == RowForm::kLogits || bias == nullptr ? Vec{} : load_partial(bias + v, end - v, Vec{});
     body(v, end - v,
-         logits<Vec>(load_partial(from_first + v, end - v, none), load_partial(from_b + v, end - v, dead), added));
+         class_of<kForm>(load_partial(from_first + v, end - v, none), load_partial(from_b + v, end - v, dead), added));
   }
 
   // body(logits) likewise.

@@ -10,10 +10,6 @@
 
 namespace alum::cuda {
 
-// What the two rows hold: both logits, or what comes out of a product with a head's weight, to which its bias is still to
-// be added: both logits, or the difference a - b and b.
-enum class RowForm { kLogits, kBiasedLogits, kBiasedDifferences };
-
 // A launch's share of the plan.
 struct RowLayout {
   unsigned blocks;       // that share a row
@@ -146,14 +142,9 @@ class BlockRow {
 
   __device__ __forceinline__ Logits<float> logits(const Stored& pack, int v, int j) const {
     const float first = widen(pack.first.values[j]), b = widen(pack.b.values[j]);
-    if constexpr (kForm == RowForm::kLogits) {
-      return two_logits(first, b);
-    } else if constexpr (kForm == RowForm::kBiasedDifferences) {
-      return logits_apart(first, b);
-    } else {
-      const float bias = bias_at(v + j);
-      return {first + bias, b + bias, exact_difference(first, b)};
-    }
+    // with differences, b was stored with its bias
+    const float bias = kForm == RowForm::kBiasedLogits ? bias_at(v + j) : 0.0f;
+    return class_of<kForm>(first, b, bias);
   }
 
   template <class Body>

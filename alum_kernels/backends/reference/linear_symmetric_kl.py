@@ -52,6 +52,10 @@ def rows(
     """Loss of each row, (N,) fp32 (float64 for float64 inputs), zero where ``row_weight`` is zero; differentiable."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     adv_hidden, hidden, weight = adv_hidden.to(wide), hidden.to(wide), weight.to(wide)
+    if row_weight is not None:
+        # whatever a row holds that counts nowhere, its product with a zero gradient is zero
+        counts = (row_weight != 0).unsqueeze(-1)
+        adv_hidden, hidden = torch.where(counts, adv_hidden, 0), torch.where(counts, hidden, 0)
     clean, difference = hidden @ weight.T, (adv_hidden - hidden) @ weight.T
     if bias is not None:
         clean = clean + bias.to(wide)
