@@ -162,7 +162,8 @@ def test_the_model_is_left_as_it_was(fatal):
         ({"epsilon": 0.1, "steps": 1.5}, ValueError, "^steps: expected an int >= 0, got 1.5"),
         ({"epsilon": 0.1, "norm": "none"}, ValueError, "^norm: expected one of 'linf', 'l2'"),
         ({"epsilon": 0.1, "level": "word"}, ValueError, "^level: expected one of"),
-        ({"epsilon": 0.1, "head": "regression"}, ValueError, "^head: .* which has no accuracy"),
+        ({"epsilon": 0.1, "head": "regression"}, ValueError, "^head: expected one of .*, got 'regression'"),
+        ({"epsilon": 0.1, "head": "causal_lm"}, ValueError, "^head: expected one of .*, got 'causal_lm'"),
         ({"epsilon": 0.1, "modules": ("nowhere",)}, ValueError, "no module named 'nowhere'"),
     ],
 )

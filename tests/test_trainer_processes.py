@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tiny_models
 import torch
-from tiny_trainer import CLASSIFICATION, trainer_of
+from tiny_trainer import CLASSIFICATION, MASKED_LM, trainer_of
 from torch import nn
 
 
@@ -31,15 +31,20 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 import tiny_trainer as t
-for average in (True, False):
+for task, model, samples, average in (
+    ("classification", t.tiny_models.bert, t.CLASSIFICATION, True),
+    ("classification", t.tiny_models.bert, t.CLASSIFICATION, False),
+    ("masked_lm", t.tiny_models.bert_masked_lm, t.MASKED_LM, True),
+):
     trainer, gradients = t.trainer_of(
-        t.tiny_models.bert().double(), Path({folder!r}), t.CLASSIFICATION, per_device_train_batch_size=2,
+        model().double(), Path({folder!r}), samples, per_device_train_batch_size=2,
         gradient_accumulation_steps=2, average_tokens_across_devices=average, ddp_backend="gloo",
     )
     assert trainer.accelerator.num_processes == 2
     trainer.train()
+    assert (trainer.objective.linear_head is not None) == (task == "masked_lm")
     if trainer.accelerator.process_index == 0:
-        torch.save(gradients[0], Path({folder!r}) / f"{{average}}.pt")
+        torch.save(gradients[0], Path({folder!r}) / f"{{task}}-{{average}}.pt")
 """
 
 
@@ -50,9 +55,15 @@ def free_port() -> int:
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):
-    """Whether the Trainer counts items over all processes or in each."""
-    trainer, expected = trainer_of(tiny_models.bert().double(), tmp_path, CLASSIFICATION)
-    trainer.train()
+    """Whether the Trainer counts items over all processes or in each; with and without logits."""
+    expected = {}
+    for task, model, samples in (
+        ("classification", tiny_models.bert, CLASSIFICATION),
+        ("masked_lm", tiny_models.bert_masked_lm, MASKED_LM),
+    ):
+        trainer, gradients = trainer_of(model().double(), tmp_path, samples)
+        trainer.train()
+        expected[task] = gradients[0]
     code = PROCESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     port = str(free_port())
     processes = [
@@ -69,9 +80,9 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
-    for average in (True, False):
-        gradient = torch.load(tmp_path / f"{average}.pt")
-        torch.testing.assert_close(gradient, expected[0], rtol=1e-8, atol=1e-12)
+    for task, average in (("classification", True), ("classification", False), ("masked_lm", True)):
+        gradient = torch.load(tmp_path / f"{task}-{average}.pt")
+        torch.testing.assert_close(gradient, expected[task], rtol=1e-8, atol=1e-12)
 
 
 WITHOUT = """

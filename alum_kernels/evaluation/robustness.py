@@ -23,6 +23,7 @@ from alum_kernels.ops.checks import check_choice, check_magnitude
 from alum_kernels.ops.noise_init import noise_init
 from alum_kernels.ops.projected_ascent import LEVELS, projected_ascent
 
+ATTACKED_HEADS = ("classification", "masked_lm")
 ATTACK_NORMS = ("linf", "l2")
 _NORMALIZE = {"linf": "sign", "l2": "l2"}
 
@@ -115,8 +116,7 @@ def accuracy_under_attack(
     check_choice("level", level, LEVELS)
     inner = unwrap(model)
     chosen = detect_head(inner) if head is None else Head(head)
-    if chosen.name == "regression":
-        raise ValueError("head: expected 'classification' or 'masked_lm', got 'regression', which has no accuracy")
+    check_choice("head", chosen.name, ATTACKED_HEADS)
     attack = _Attack(
         model=inner,
         head=chosen,
