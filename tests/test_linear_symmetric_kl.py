@@ -195,6 +195,64 @@ def test_a_result_may_be_used_twice_and_kept(place):
         torch.testing.assert_close(half, first / 2, rtol=3e-7, atol=0)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inside_a_checkpoint(place, reduction):
+    given = operands(device=place.device)
+    _, expected = value_and_gradients(given, "symmetric_kl", reduction=reduction, backend=place.backend)
+    leaves = [tensor.clone().requires_grad_() for tensor in given.values()]
+
+    def segment(*tensors: Tensor) -> Tensor:
+        return linear_symmetric_kl(*tensors, reduction=reduction, backend=place.backend).sum()
+
+    torch.utils.checkpoint.checkpoint(segment, *leaves, use_reentrant=False).backward()
+    for leaf, name in zip(leaves, NAMES, strict=True):
+        torch.testing.assert_close(leaf.grad, expected[name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 5.0, 8.0])
+@pytest.mark.parametrize("divergence", FUNCTIONS)
+def test_a_saturated_soft_cap_keeps_its_digits(place, divergence, offset):
+    """All logits lie ``offset`` caps out, where tanh is one to the last digit."""
+    cap = 2.0
+    given = operands(perturbation=1e-2, spread=0.2, device=place.device)
+    given["bias"] = given["bias"] * 0.1 + offset * cap
+    expected = in_float64(given, divergence, soft_cap=cap)
+    found = value_and_gradients(given, divergence, soft_cap=cap, backend=place.backend)
+    assert error(found[0] / expected[0].item(), expected[0] / expected[0].item()) <= 1e-5
+    for name in NAMES:
+        size = expected[1][name].norm().item()
+        assert error(found[1][name].double() / size, expected[1][name] / size) <= 2e-5, name
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_an_autocast_around_the_call_chooses_no_product(backend):
+    """Its dtype is that of the operands; the logits stay fp32."""
+    given = operands(perturbation=1e-3)
+    half = {name: tensor.bfloat16() for name, tensor in given.items()}
+    expected, _ = in_float64(half, "symmetric_kl")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_symmetric_kl(*given.values(), backend=backend)
+        value, _ = linear_symmetric_kl_grad(*given.values(), backend=backend)
+    assert error(loss, expected) <= 2e-6
+    assert error(value, expected) <= 2e-6
+
+
+def test_exports_with_a_dynamic_number_of_rows():
+    weight = operands()["weight"]
+
+    class Loss(torch.nn.Module):
+        def forward(self, adv_hidden: Tensor, hidden: Tensor) -> Tensor:
+            return linear_symmetric_kl(adv_hidden, hidden, weight) + symmetric_kl(adv_hidden, hidden)
+
+    rows = torch.export.Dim("rows")
+    example = operands(rows=5)
+    shapes = {"adv_hidden": {0: rows}, "hidden": {0: rows}}
+    exported = torch.export.export(Loss(), (example["adv_hidden"], example["hidden"]), dynamic_shapes=shapes)
+    given = operands(rows=9)
+    pair = given["adv_hidden"], given["hidden"]
+    torch.testing.assert_close(exported.module()(*pair), Loss()(*pair), rtol=1e-6, atol=0)
+
+
 def test_second_derivatives(place):
     given = operands(rows=3, size=4, columns=6, dtype=torch.float64)
     leaves = [tensor.clone().requires_grad_() for tensor in given.values()]
@@ -208,6 +266,11 @@ def test_second_derivatives(place):
         (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
         with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
             grad.sum().backward()
+    upstream = torch.ones(3, device=place.device, requires_grad=True)
+    rows = linear_symmetric_kl(*leaves, reduction="none", backend=place.backend)
+    (grad,) = torch.autograd.grad((rows * upstream).sum(), leaves[2], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        torch.autograd.grad(grad.sum(), upstream)
 
 
 def test_chunks_change_rounding_only_and_the_same_chunks_nothing(kernel_place):
@@ -253,6 +316,9 @@ def test_the_ascent_has_the_gradient_of_the_adversarial_side_alone(place, diverg
         *given.values(), clean_products=products, chunk_bytes=2 * 70 * 8, **options
     )
     before = products.clone()
+    strided = products.T.contiguous().T
+    again = linear_symmetric_kl_grad(*given.values(), clean_products=strided, chunk_bytes=2 * 70 * 8, **options)
+    assert torch.equal(again[1], kept)
     assert error(kept_value, expected[0]) <= 2e-6
     assert error(kept, expected[1]["adv_hidden"]) <= 5e-6
     assert torch.equal(products, before)  # read in every step of an ascent

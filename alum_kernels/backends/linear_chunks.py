@@ -99,7 +99,7 @@ def rows_in_chunk(rows: int, columns: int, options: LinearOptions, device: torch
     """Rows of each chunk: as many as the budget holds, evenly over the chunks that it takes, at least one."""
     bytes_per_class = 8  # both products, and their gradients in the same place if they are fp32
     if options.soft_cap_at is not None:
-        bytes_per_class += 40  # the capped logits, tanh of both sides, and gradients before and after the cap
+        bytes_per_class += 48  # with bias, capped, what the cap's passes hold, and gradients before and after them
     elif gradient_bytes != 4:
         bytes_per_class += 2 * gradient_bytes
     most = max(chunk_budget(options.chunk_bytes, device) // (columns * bytes_per_class), 1)
@@ -239,17 +239,18 @@ class LinearDivergence:
         options, count = self.options, first.shape[0]
         cap, scale = options.soft_cap_at, options.logit_scale
         difference = first if self.differences else first - clean
-        difference, clean = soft_cap(difference, clean if self.bias is None else clean + self.bias, cap, scale)
+        biased = clean if self.bias is None else clean + self.bias
+        capped_difference, capped_clean = soft_cap(difference, biased, cap, scale)
         gradients = None
         sums = self.pairs and options.gradient == "full"
         if self.wanted.any():
             shape = (2 * count if sums else count, first.shape[1])
             gradients = torch.empty(shape, dtype=torch.float32, device=first.device)
-        self._kernel(chunk, difference, clean, None, gradients, sums, True, options.inv_temperature)
+        self._kernel(chunk, capped_difference, capped_clean, None, gradients, sums, True, options.inv_temperature)
         if gradients is None:
             return None
         grad_sum = gradients[:count] if sums else torch.zeros_like(gradients) if self.pairs else None
-        grad_a, grad_sum = uncap_gradients(gradients[-count:], grad_sum, difference, clean, cap, scale)
+        grad_a, grad_sum = uncap_gradients(gradients[-count:], grad_sum, difference, biased, cap, scale)
         return (torch.cat([grad_sum, grad_a]) if self.pairs else grad_a).to(self.gradient_dtype)
 
     def _kernel(

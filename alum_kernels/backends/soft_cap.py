@@ -1,11 +1,12 @@
 """Soft-capped logits, cap tanh(z / cap), on both sides of a linear divergence (Gemma 2, arXiv:2408.00118, section 2).
 
-With z_b the clean product, z_d its difference from the adversarial one, t = tanh:
+With z_b the clean product and bias, z_d its difference from the adversarial one, both over the cap, and t = tanh:
 
-    b = cap t(z_b / cap)        a - b = cap t(z_d / cap) (1 - t_a t_b)                  no difference of two tanh
-    dJ/dz_d = G_a (1 - t_a^2)   dJ/dz_b = S (1 - t_b^2) - G_a (t_a - t_b) (t_a + t_b)   S = dJ/da + dJ/db
+    b = cap t(z_b)              a - b = cap sinh(z_d) / (cosh z_a cosh z_b)
+    dJ/dz_d = G_a / cosh^2 z_a  dJ/dz_b = S / cosh^2 z_b - G_a (t_a - t_b) (t_a + t_b)     S = dJ/da + dJ/db
 
-Plain PyTorch on every backend: a few passes over a chunk, on whatever device it lies.
+with 1 / cosh x = 2 e^-|x| / (1 + e^-2|x|): no difference of two tanh and no 1 - tanh^2, which have no digits left where
+the cap saturates. Plain PyTorch on every backend: a few passes over a chunk, on whatever device it lies.
 """
 
 import torch
@@ -18,19 +19,32 @@ def finished_logits(products: Tensor, scale: float, cap: float | None) -> Tensor
     return scaled if cap is None else cap * torch.tanh(scaled / cap)
 
 
+def _change_of_tanh(difference: Tensor, clean: Tensor) -> Tensor:
+    """t(clean + difference) - t(clean). |difference| <= |adversarial| + |clean|, so that no exponent is positive."""
+    size, adv, of_clean = difference.abs(), (clean + difference).abs(), clean.abs()
+    numerator = -2 * torch.expm1(-2 * size) * torch.exp(size - adv - of_clean)
+    return torch.sign(difference) * numerator / ((1 + torch.exp(-2 * adv)) * (1 + torch.exp(-2 * of_clean)))
+
+
+def _slope(x: Tensor) -> Tensor:
+    """1 / cosh^2 x."""
+    decay = torch.exp(-2 * x.abs())
+    return 4 * decay / (1 + decay) ** 2
+
+
 def soft_cap(difference: Tensor, clean: Tensor, cap: float, scale: float) -> tuple[Tensor, Tensor]:
     """(a - b, b) of capped logits from products ``difference`` and ``clean``, both times ``scale`` before the cap."""
-    clean, difference = clean * (scale / cap), difference * (scale / cap)
-    t_b, t_a = torch.tanh(clean), torch.tanh(clean + difference)
-    return cap * torch.tanh(difference) * (1 - t_a * t_b), cap * t_b
+    difference, clean = difference * (scale / cap), clean * (scale / cap)
+    return cap * _change_of_tanh(difference, clean), cap * torch.tanh(clean)
 
 
 def uncap_gradients(
     grad_a: Tensor, grad_sum: Tensor | None, difference: Tensor, clean: Tensor, cap: float, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients to the products, from those to the capped logits that :func:`soft_cap` gave."""
-    change, t_b = difference / cap, clean / cap
-    t_a = t_b + change
+    """Gradients to the products that :func:`soft_cap` was given, from those to the capped logits that it gave."""
+    difference, clean = difference * (scale / cap), clean * (scale / cap)
+    adv = clean + difference
     if grad_sum is not None:
-        grad_sum = scale * (grad_sum * (1 - t_b * t_b) - grad_a * change * (t_a + t_b))
-    return scale * grad_a * (1 - t_a * t_a), grad_sum
+        both = _change_of_tanh(difference, clean) * (torch.tanh(adv) + torch.tanh(clean))
+        grad_sum = scale * (grad_sum * _slope(clean) - grad_a * both)
+    return scale * grad_a * _slope(adv), grad_sum

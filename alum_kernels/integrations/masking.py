@@ -138,9 +138,12 @@ class ProgressiveMaskingCollator(DataCollatorForLanguageModeling):
             epoch: passes over the data that are done; with a ``seed``, masks change with it.
 
         Raises:
+            TypeError: one that is no integer.
             ValueError: a negative ``step`` or ``epoch``, or a ``total`` below 1.
         """
         for name, value, least in (("step", step, 0), ("total", total, 1), ("epoch", epoch, 0)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         self._progress[TOTAL] = total
@@ -153,8 +156,14 @@ class ProgressiveMaskingCollator(DataCollatorForLanguageModeling):
         return {"step": step, "total": total, "epoch": epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Takes the progress of :meth:`state_dict` up again."""
-        self._progress.copy_(torch.tensor([state["step"], state["total"], state["epoch"]]))
+        """Takes the progress of :meth:`state_dict` up again.
+
+        Raises:
+            TypeError, ValueError: no such progress.
+        """
+        if not {"step", "total", "epoch"} <= state.keys():
+            raise ValueError(f"state: expected 'step', 'total' and 'epoch', got {', '.join(state) or 'nothing'}")
+        self.set_progress(state["step"], state["total"], state["epoch"])
 
     def __call__(self, features: Sequence[Any], return_tensors: str | None = None) -> dict[str, Any]:
         """Pads and masks the samples ``features``: dicts as tokenizers give them, or lists of ids."""

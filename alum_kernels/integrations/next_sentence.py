@@ -112,6 +112,8 @@ class NextSentencePairs(Dataset):
         return len(self._pairs)
 
     def __getitem__(self, index: int) -> dict[str, list[int] | int]:
+        if not isinstance(index, int):
+            raise TypeError(f"index: expected an int, got {type(index).__name__}")
         a_start, a_stop, b_start, b_stop, label = self._pairs[index].tolist()
         first, second = self._tokens[a_start:a_stop].tolist(), self._tokens[b_start:b_stop].tolist()
         return {**self._frame.around(first, second), "next_sentence_label": label}

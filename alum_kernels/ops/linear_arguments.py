@@ -1,6 +1,7 @@
 """The arguments of the linear divergences: checked, under autocast, flat; and the weight of each row."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -98,7 +99,7 @@ def check_head(hidden: Tensor, weight: Tensor, others: Sequence[tuple[str, Tenso
     for name, tensor in (("weight", weight), *others):
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {tensor.device}")
-        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        if tensor.dtype != hidden.dtype and not autocast_enabled(hidden.device):
             raise TypeError(
                 f"{name}: expected dtype {hidden.dtype} as hidden, got {tensor.dtype} "
                 "(under torch.autocast they may differ)"
@@ -110,7 +111,7 @@ def _check_tensors(adv_hidden: Tensor, hidden: Tensor, weight: Tensor, bias: Ten
         checks.check_floating(name, tensor)
     if adv_hidden.dim() < 2:
         raise ValueError(f"adv_hidden: expected shape (..., H) with a row dimension, got {checks.shape_of(adv_hidden)}")
-    free = torch.is_autocast_enabled(adv_hidden.device.type)
+    free = autocast_enabled(adv_hidden.device)
     checks.check_like("hidden", hidden, "adv_hidden", adv_hidden, dtype=not free)
     if bias is None:
         return check_head(hidden, weight)
@@ -127,10 +128,20 @@ def check_chunk_bytes(chunk_bytes: int | None) -> None:
         raise ValueError(f"chunk_bytes: expected a number > 0, got {chunk_bytes}")
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether an autocast for the device's type is on; there is none for some, such as meta."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """The products choose their own dtype: within this an autocast around the call does not choose it again."""
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
+
+
 def as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What a linear layer's autocast does to its arguments: fp32 and half precision become the autocast's dtype."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    device = tensors[0].device
+    if not autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

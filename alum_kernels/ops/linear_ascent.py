@@ -17,6 +17,7 @@ from alum_kernels.ops.linear_arguments import (
     check_head,
     linear_call,
     masked_rows,
+    without_autocast,
 )
 
 
@@ -50,7 +51,7 @@ def linear_products(hidden: Tensor, weight: Tensor, *, chunk_bytes: int | None =
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if hidden.shape[0] * weight.shape[0] * wide.itemsize > chunk_budget(chunk_bytes, hidden.device):
         return None
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(hidden.device):
         return torch.mm(hidden, weight.T) if hidden.dtype == wide else wide_product(hidden, weight.T)
 
 
@@ -120,7 +121,7 @@ def linear_symmetric_kl_grad(
     inputs, row_weight = call.detached(), call.row_weight()
     if chosen == "reference":
         leaf = inputs[0].clone().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), without_autocast(call.hidden.device):
             rows = reference.rows(
                 leaf,
                 *inputs[1:],
@@ -137,7 +138,7 @@ def linear_symmetric_kl_grad(
         rows, gradient, *_ = torch.ops.alum_kernels.linear_symmetric_kl(
             *inputs,
             row_weight,
-            clean_products,
+            None if clean_products is None else clean_products.contiguous(),
             divergence,
             "detach_clean",
             1.0 / temperature,

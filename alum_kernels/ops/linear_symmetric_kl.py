@@ -14,7 +14,7 @@ from torch import Tensor
 from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions, Wanted
 from alum_kernels.backends.reference import linear_symmetric_kl as reference
 from alum_kernels.ops.dispatch import LIBRARY, choose, implementation
-from alum_kernels.ops.linear_arguments import linear_call, masked_rows
+from alum_kernels.ops.linear_arguments import linear_call, masked_rows, without_autocast
 
 LIBRARY.define(
     "linear_symmetric_kl(Tensor adv_hidden, Tensor hidden, Tensor weight, Tensor? bias, Tensor? row_weight,"
@@ -52,8 +52,7 @@ def _linear(
         chunk_bytes=chunk_bytes,
     )
     kernel = implementation("linear_symmetric_kl", backend)
-    # the products choose their own dtype: an autocast around the call must not choose it again
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(hidden.device):
         result = LinearDivergence(
             kernel, adv_hidden, hidden, weight, bias, row_weight, clean_products, options, Wanted(*wanted)
         ).run()
@@ -94,13 +93,13 @@ def _linear_fake(
 class _ScaleOnce(torch.autograd.Function):
     """``upstream`` times stored fp32 gradients, each rounded once to its input's dtype; once more raises.
 
-    The stored ones stay as they are, for a second backward. The inputs take part so that a second derivative is asked
-    of this function, which does not have it, and not silently of nobody.
+    The stored ones stay as they are, for a second backward. The inputs, and what else the gradients were formed from,
+    take part so that a second derivative is asked of this function, which does not have it, and not silently of nobody.
     """
 
     @staticmethod
     def forward(ctx, upstream, gradients, *inputs):
-        return tuple((gradient * upstream).to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True))
+        return tuple((gradient * upstream).to(x.dtype) for gradient, x in zip(gradients, inputs, strict=False))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -135,8 +134,9 @@ class _Reduced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        count = sum(ctx.wanted)
-        scaled = iter(_ScaleOnce.apply(upstream, ctx.saved_tensors[:count], *ctx.saved_tensors[count:]))
+        # read once: hooks on saved tensors, such as a checkpoint's, unpack at every reading
+        saved, count = ctx.saved_tensors, sum(ctx.wanted)
+        scaled = iter(_ScaleOnce.apply(upstream, saved[:count], *saved[count:]))
         return *(next(scaled) if want else None for want in ctx.wanted), None, None, None
 
 
@@ -161,7 +161,8 @@ class _Rows(torch.autograd.Function):
         _, *gradients = torch.ops.alum_kernels.linear_symmetric_kl(
             *inputs, grad_rows, None, *ctx.options, wanted, ctx.backend
         )
-        scaled = iter(_ScaleOnce.apply(grad_rows.new_ones(()), _chosen(gradients, wanted), *_chosen(inputs, wanted)))
+        one = torch.ones_like(grad_rows.sum())
+        scaled = iter(_ScaleOnce.apply(one, _chosen(gradients, wanted), *_chosen(inputs, wanted), grad_rows))
         return *(next(scaled) if want else None for want in wanted), None, None, None
 
 
@@ -197,15 +198,16 @@ def _divergence(
     )
     chosen = choose("linear_symmetric_kl", backend, call.hidden, divergence)
     if chosen == "reference":
-        rows = reference.rows(
-            *call.tensors(),
-            call.row_mask,
-            divergence=divergence,
-            gradient=gradient,
-            inv_temperature=1.0 / temperature,
-            logit_scale=logit_scale,
-            soft_cap_at=soft_cap,
-        )
+        with without_autocast(call.hidden.device):
+            rows = reference.rows(
+                *call.tensors(),
+                call.row_mask,
+                divergence=divergence,
+                gradient=gradient,
+                inv_temperature=1.0 / temperature,
+                logit_scale=logit_scale,
+                soft_cap_at=soft_cap,
+            )
         return call.reduced(rows)
     # without a graph nothing will ask for gradients, whatever the tensors require
     inputs = call.tensors() if torch.is_grad_enabled() else call.detached()
@@ -254,8 +256,8 @@ def linear_symmetric_kl(
         gather_rows: leave masked rows out of the products. On CUDA the host then waits for their number; False sends
             them through, as a captured CUDA graph needs.
         chunk_bytes: memory for a chunk of logits and their gradients; None takes the environment variable
-            ``ALUM_LINEAR_CHUNK_BYTES`` or, without it, 64 MiB on the CPU and 1 GiB on CUDA. The same chunks give the
-            same bits.
+            ``ALUM_LINEAR_CHUNK_BYTES`` or, without it, 64 MiB on the CPU and 1 GiB on CUDA. The same chunks (and CPU
+            threads) give the same bits.
         backend: ``"reference"`` (which does hold the logits), ``"native"`` or ``"triton"``; None picks the fastest that
             can serve.
 

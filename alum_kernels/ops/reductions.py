@@ -1,5 +1,7 @@
 """How the losses of rows become the result of a divergence: the weight of each row, and the sum."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,20 +21,21 @@ def mask_weight(mask: Tensor | None, reduction: str, rows: torch.Size, logits_dt
     kept = (mask != 0).to(torch.promote_types(logits_dtype, torch.float32))
     if reduction == "mean":
         return kept / kept.sum().clamp(min=1)
-    return kept / max(rows[0], 1) if reduction == "batchmean" else kept
+    return kept / divisor(reduction, rows) if reduction == "batchmean" else kept
 
 
 def divisor(reduction: str, rows: torch.Size) -> int:
     """What the sum over unmasked rows of this leading shape is divided by."""
+    # neither Python's max nor Size.numel: they would fix a dynamic size
     if reduction == "mean":
-        return max(rows.numel(), 1)
-    return max(rows[0], 1) if reduction == "batchmean" else 1
+        return torch.sym_max(math.prod(rows), 1)
+    return torch.sym_max(rows[0], 1) if reduction == "batchmean" else 1
 
 
 def row_share(reduction: str, rows: torch.Size, like: Tensor) -> Tensor:
     """The weight of every row where none is masked, a scalar of ``like``'s device; fp32, and fp64 for fp64 ``like``."""
-    share = 1.0 / divisor(reduction, rows)
-    return torch.full((), share, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    one = torch.ones((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return one / divisor(reduction, rows)
 
 
 def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
