@@ -105,7 +105,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         out.append(f"native module {built['compiler']}, {cuda}, built with torch {built['torch_built_with']}")
     out.append(f"triton        {facts['triton']}")
     for name, device in facts["devices"].items():
-        out += ["", f"{name}: {device['is']}", f"  {'':18}" + "".join(f"{backend:12}" for backend in BACKENDS)]
+        out += ["", f"{name}: {device['is']}", f"  {'':20}" + "".join(f"{backend:12}" for backend in BACKENDS)]
         reasons: dict[str, str] = {}
         for function, served in device["ops"].items():
             cells = []
@@ -115,7 +115,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
                 else:
                     mark = reasons.setdefault(f"{backend}: {answer}", f"no ({len(reasons) + 1})")
                     cells.append(mark)
-            out.append(f"  {function:18}" + "".join(f"{cell:12}" for cell in cells))
+            out.append(f"  {function:20}" + "".join(f"{cell:12}" for cell in cells))
         out += [f"  ({number}) {reason}" for number, reason in enumerate(reasons, 1)]
     return out
 

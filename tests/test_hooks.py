@@ -48,8 +48,19 @@ def test_delta_changes_the_logits_of_every_sample(name):
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_delta_zero_gives_the_clean_logits_of_a_masked_lm(steps):
     model, batch = tiny_models.bert_masked_lm(), tiny_models.masked_lm_batch()
-    clean, *perturbed = logits_of_passes(model, STILL.replace(steps=steps), batch)
+    clean, *perturbed = logits_of_passes(model, STILL.replace(steps=steps, fused_head=False), batch)
     assert all(torch.equal(logits, clean) for logits in perturbed)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_delta_zero_gives_the_clean_hidden_states_of_a_masked_lm(steps, monkeypatch):
+    """Where its logits are not formed: what its projection is given, and the few logits that it still gives."""
+    model, batch = tiny_models.bert_masked_lm(), tiny_models.masked_lm_batch()
+    hidden = []
+    model.cls.predictions.transform.register_forward_hook(lambda module, args, output: hidden.append(output.detach()))
+    logits_of_passes(model, STILL.replace(steps=steps), batch)
+    *_, clean = hidden[: len(hidden) - steps - 1]
+    assert all(torch.equal(states, clean) for states in hidden[-steps - 1 :])
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
