@@ -1,76 +1,18 @@
-"""``linear_symmetric_kl`` and ``linear_kl``: against float64, in every convention, chunk by chunk."""
+"""``linear_symmetric_kl`` and ``linear_kl``: against float64 in every convention, chunk by chunk; what they refuse."""
 
 import pytest
 import torch
+from linear_operands import FUNCTIONS, NAMES, assert_close, error, in_float64, operands, value_and_gradients
 from torch import Tensor
 
 from alum_kernels import (
     BackendUnavailableError,
-    linear_kl,
-    linear_products,
     linear_symmetric_kl,
-    linear_symmetric_kl_grad,
     symmetric_kl,
 )
 from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions, Wanted, rows_in_chunk
-from alum_kernels.ops.dispatch import implementation
 from alum_kernels.ops.reductions import REDUCTIONS
 from alum_kernels.ops.symmetric_kl import GRADIENTS
-
-FUNCTIONS = {"symmetric_kl": linear_symmetric_kl, "kl": linear_kl}
-NAMES = ("adv_hidden", "hidden", "weight", "bias")
-
-
-def operands(
-    rows: int = 7,
-    size: int = 12,
-    columns: int = 70,
-    perturbation: float = 0.1,
-    *,
-    spread: float = 0.5,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Hidden states that differ by ``perturbation`` standard deviations, and a head."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, size, generator=generator)
-    made = {
-        "adv_hidden": hidden + perturbation * torch.randn(rows, size, generator=generator),
-        "hidden": hidden,
-        "weight": spread * torch.randn(columns, size, generator=generator),
-        "bias": torch.randn(columns, generator=generator),
-    }
-    return {name: tensor.to(device, dtype) for name, tensor in made.items()}
-
-
-def value_and_gradients(given: dict[str, Tensor], divergence: str, *, upstream: float = 1.0, **options):
-    """The loss, and the gradient of ``upstream`` times its sum to each operand (zero where it receives none)."""
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
-    loss = FUNCTIONS[divergence](*leaves.values(), **options)
-    (loss.sum() * upstream).backward()
-    return loss.detach(), {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()}
-
-
-def in_float64(given: dict[str, Tensor], divergence: str, **options):
-    return value_and_gradients(
-        {name: tensor.cpu().double() for name, tensor in given.items()}, divergence, backend="reference", **options
-    )
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """Relative L2 error; the absolute one where nothing, or only the oracle's own rounding, is expected."""
-    expected = expected.double()
-    found = found.cpu().double()
-    size = expected.norm().item()
-    return (found - expected).norm().item() / (size if size > 1e-13 else 1.0)
-
-
-def assert_close(found, expected, *, value: float = 2e-6, gradient: float = 5e-6) -> None:
-    assert error(found[0], expected[0]) <= value
-    for name in NAMES:
-        if name in expected[1]:
-            assert error(found[1][name], expected[1][name]) <= gradient, name
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -209,34 +151,6 @@ def test_inside_a_checkpoint(place, reduction):
         torch.testing.assert_close(leaf.grad, expected[name], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("offset", [0.0, 5.0, 8.0])
-@pytest.mark.parametrize("divergence", FUNCTIONS)
-def test_a_saturated_soft_cap_keeps_its_digits(place, divergence, offset):
-    """All logits lie ``offset`` caps out, where tanh is one to the last digit."""
-    cap = 2.0
-    given = operands(perturbation=1e-2, spread=0.2, device=place.device)
-    given["bias"] = given["bias"] * 0.1 + offset * cap
-    expected = in_float64(given, divergence, soft_cap=cap)
-    found = value_and_gradients(given, divergence, soft_cap=cap, backend=place.backend)
-    assert error(found[0] / expected[0].item(), expected[0] / expected[0].item()) <= 1e-5
-    for name in NAMES:
-        size = expected[1][name].norm().item()
-        assert error(found[1][name].double() / size, expected[1][name] / size) <= 2e-5, name
-
-
-@pytest.mark.parametrize("backend", ["reference", "native"])
-def test_an_autocast_around_the_call_chooses_no_product(backend):
-    """Its dtype is that of the operands; the logits stay fp32."""
-    given = operands(perturbation=1e-3)
-    half = {name: tensor.bfloat16() for name, tensor in given.items()}
-    expected, _ = in_float64(half, "symmetric_kl")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = linear_symmetric_kl(*given.values(), backend=backend)
-        value, _ = linear_symmetric_kl_grad(*given.values(), backend=backend)
-    assert error(loss, expected) <= 2e-6
-    assert error(value, expected) <= 2e-6
-
-
 def test_exports_with_a_dynamic_number_of_rows():
     weight = operands()["weight"]
 
@@ -299,83 +213,6 @@ def test_the_budget_of_a_chunk(monkeypatch):
     monkeypatch.setenv("ALUM_LINEAR_CHUNK_BYTES", "64MB")
     with pytest.raises(ValueError, match="ALUM_LINEAR_CHUNK_BYTES: expected a number of bytes > 0, got '64MB'"):
         linear_symmetric_kl(*operands().values(), backend="native")
-
-
-@pytest.mark.parametrize("divergence", FUNCTIONS)
-def test_the_ascent_has_the_gradient_of_the_adversarial_side_alone(place, divergence):
-    given = operands(device=place.device)
-    expected = in_float64(given, divergence, gradient="detach_clean", reduction="sum", soft_cap=5.0)
-    options = {"divergence": divergence, "reduction": "sum", "soft_cap": 5.0, "backend": place.backend}
-    value, gradient = linear_symmetric_kl_grad(*given.values(), **options)
-    assert error(value, expected[0]) <= 2e-6
-    assert error(gradient, expected[1]["adv_hidden"]) <= 5e-6
-    assert not value.requires_grad
-    products = linear_products(given["hidden"], given["weight"])
-    torch.testing.assert_close(products, given["hidden"] @ given["weight"].T)
-    kept_value, kept = linear_symmetric_kl_grad(
-        *given.values(), clean_products=products, chunk_bytes=2 * 70 * 8, **options
-    )
-    before = products.clone()
-    strided = products.T.contiguous().T
-    again = linear_symmetric_kl_grad(*given.values(), clean_products=strided, chunk_bytes=2 * 70 * 8, **options)
-    assert torch.equal(again[1], kept)
-    assert error(kept_value, expected[0]) <= 2e-6
-    assert error(kept, expected[1]["adv_hidden"]) <= 5e-6
-    assert torch.equal(products, before)  # read in every step of an ascent
-    assert linear_products(given["hidden"], given["weight"], chunk_bytes=100) is None
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_rounded_once(place, dtype):
-    given = operands(dtype=dtype, device=place.device)
-    expected = in_float64(given, "symmetric_kl")
-    found = value_and_gradients(given, "symmetric_kl", backend=place.backend)
-    assert error(found[0], expected[0]) <= (2e-6 if place.device == "cpu" else 1e-3)
-    for name in NAMES:
-        assert found[1][name].dtype == dtype
-        assert error(found[1][name], expected[1][name]) <= 2 * torch.finfo(dtype).eps
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("plan", ["differences", "sides"])
-def test_both_plans_of_the_products(kernel_place, plan, dtype):
-    """``sides`` is what half precision takes on CUDA: its rounding is emulated here where there is none.
-
-    fp16 keeps a perturbation whose second order it could not hold.
-    """
-    perturbation = 0.03 if dtype == torch.bfloat16 else 3e-3
-    given = operands(rows=32, size=64, columns=700, perturbation=perturbation, spread=0.1, dtype=dtype)
-    expected = in_float64(given, "symmetric_kl", reduction="sum")
-    moved = {name: tensor.to(kernel_place.device) for name, tensor in given.items()}
-    result = LinearDivergence(
-        implementation("linear_symmetric_kl", kernel_place.backend),
-        *moved.values(),
-        None,
-        None,
-        LinearOptions("symmetric_kl", "full", plan=plan),
-        Wanted(True, True, True, True),
-    ).run()
-    bounds = (1e-5, 1e-5) if plan == "differences" else (1e-3 if dtype == torch.bfloat16 else 3e-3, 3e-3)
-    assert error(result.rows.sum(), expected[0]) <= bounds[0]
-    for name, bound in (("adv_hidden", bounds[0]), ("hidden", bounds[0]), ("weight", bounds[1]), ("bias", bounds[1])):
-        assert error(getattr(result, name), expected[1][name]) <= bound, name
-
-
-def test_autocast_does_what_it_does_to_a_linear_layer():
-    given = operands(perturbation=0.3)
-    half = {name: tensor.bfloat16() for name, tensor in given.items()}
-    expected = value_and_gradients(half, "symmetric_kl")
-    mixed = {**given, "hidden": half["hidden"], "adv_hidden": half["adv_hidden"]}
-    with pytest.raises(TypeError, match=r"^weight: expected dtype torch.bfloat16 as hidden, got torch.float32 \(under"):
-        linear_symmetric_kl(*mixed.values())
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in mixed.items()}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = linear_symmetric_kl(*leaves.values())
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss.detach(), expected[0])
-    assert leaves["weight"].grad.dtype == torch.float32
-    assert torch.equal(leaves["weight"].grad, expected[1]["weight"].float())
 
 
 def test_no_rows_and_one_class(place):
@@ -498,77 +335,6 @@ def test_wrong_arguments(changes, kind, message):
         linear_symmetric_kl(**{**operands(), **changes})
 
 
-@pytest.mark.parametrize(
-    ("products", "kind", "message"),
-    [
-        (torch.zeros(7, 69), ValueError, r"^clean_products: expected shape \(7, 70\), got \(7, 69\)"),
-        (torch.zeros(7, 70).double(), TypeError, "^clean_products: expected dtype torch.float32, got torch.float64"),
-    ],
-)
-def test_kept_products_that_do_not_fit(products, kind, message):
-    with pytest.raises(kind, match=message):
-        linear_symmetric_kl_grad(**operands(), clean_products=products)
-    with pytest.raises(ValueError, match=r"^weight: expected shape \(V, 12\) as hidden, got \(70, 11\)"):
-        linear_products(torch.zeros(7, 12), torch.zeros(70, 11))
-
-
-def test_grad_scale_keeps_half_precision_gradients_apart_from_zero(place):
-    given = operands(perturbation=2e-3, dtype=torch.float16, device=place.device)
-    options = {"reduction": "mean", "backend": place.backend}
-    _, plain = linear_symmetric_kl_grad(*given.values(), **options)
-    _, scaled = linear_symmetric_kl_grad(*given.values(), grad_scale=2.0**10, **options)
-    expected = in_float64(given, "symmetric_kl", gradient="detach_clean")[1]["adv_hidden"] * 2.0**10
-    assert plain.dtype == scaled.dtype == torch.float16
-    assert error(scaled, expected) <= 2e-3
-    assert error(plain * 2.0**10, expected) > error(scaled, expected)
-
-
-def test_a_default_dtype_of_float64_changes_nothing(kernel_place):
-    given = operands(device=kernel_place.device)
-    expected = value_and_gradients(given, "symmetric_kl", soft_cap=4.0, backend=kernel_place.backend)
-    torch.set_default_dtype(torch.float64)
-    try:
-        found = value_and_gradients(given, "symmetric_kl", soft_cap=4.0, backend=kernel_place.backend)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.equal(found[0], expected[0])
-    assert all(torch.equal(found[1][name], expected[1][name]) for name in NAMES)
-
-
 def test_a_backend_that_cannot_serve_says_why():
     with pytest.raises(BackendUnavailableError, match="float64 is served by the reference backend only"):
         linear_symmetric_kl(**operands(dtype=torch.float64), backend="native")
-
-
-@pytest.mark.parametrize("perturbation", [1e-5, 1e-3, 0.1])
-def test_accuracy_at_a_vocabulary(compiled_place, perturbation):
-    """fp32, over 30,522 words: value 1e-6 and gradients 1e-5, where two logits lose three digits more."""
-    given = operands(8, 96, 30522, perturbation, spread=0.3, device=compiled_place.device)
-    expected = in_float64(given, "symmetric_kl")
-    found = value_and_gradients(given, "symmetric_kl", backend=compiled_place.backend)
-    assert error(found[0], expected[0]) <= 1e-6
-    for name in NAMES:
-        assert error(found[1][name], expected[1][name]) <= 1e-5, name
-
-
-@pytest.mark.parametrize("perturbation", [0.1, 0.03, 0.01])
-@pytest.mark.parametrize("plan", ["differences", "sides"])
-def test_accuracy_of_bfloat16_hidden_states(compiled_place, plan, perturbation):
-    """Value 1e-3, hidden gradients 1e-3, weight gradient 3e-3, before they are rounded to bf16."""
-    if compiled_place.backend == "reference":
-        pytest.skip("it has one plan, and is the oracle")
-    given = operands(48, 768, 32000, perturbation, spread=0.02, dtype=torch.bfloat16)
-    expected = in_float64(given, "symmetric_kl", reduction="sum")
-    moved = {name: tensor.to(compiled_place.device) for name, tensor in given.items()}
-    result = LinearDivergence(
-        implementation("linear_symmetric_kl", compiled_place.backend),
-        *moved.values(),
-        None,
-        None,
-        LinearOptions("symmetric_kl", "full", plan=plan),
-        Wanted(True, True, True, True),
-    ).run()
-    assert error(result.rows.sum(), expected[0]) <= 1e-3
-    assert error(result.adv_hidden, expected[1]["adv_hidden"]) <= 1e-3
-    assert error(result.hidden, expected[1]["hidden"]) <= 1e-3
-    assert error(result.weight, expected[1]["weight"]) <= 3e-3
