@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from linear_operands import FUNCTIONS, NAMES, error, in_float64, operands, value_and_gradients
+from linear_operands import FUNCTIONS, NAMES, assert_close, error, in_float64, operands, value_and_gradients
 
 from alum_kernels import (
     linear_symmetric_kl,
     linear_symmetric_kl_grad,
+    symmetric_kl,
 )
 from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions, Wanted
 from alum_kernels.ops.dispatch import implementation
@@ -46,6 +47,21 @@ def test_both_plans_of_the_products(kernel_place, plan, dtype):
     assert error(result.rows.sum(), expected[0]) <= bounds[0]
     for name, bound in (("adv_hidden", bounds[0]), ("hidden", bounds[0]), ("weight", bounds[1]), ("bias", bounds[1])):
         assert error(getattr(result, name), expected[1][name]) <= bound, name
+
+
+def test_a_class_of_zero_weight_has_a_gradient_under_a_soft_cap(place):
+    """As that of the padding token under tied embeddings: both its logits and their difference are zero."""
+    given = operands(device=place.device)
+    given["weight"][3], given["bias"][3] = 0.0, 0.0
+    leaves = {name: tensor.cpu().double().requires_grad_() for name, tensor in given.items()}
+    adv_hidden, hidden, weight, bias = leaves.values()
+    logits = [3 * torch.tanh((x @ weight.T + bias) / 3) for x in (adv_hidden, hidden)]
+    loss = symmetric_kl(*logits)
+    loss.backward()
+    expected = loss.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+    found = value_and_gradients(given, "symmetric_kl", soft_cap=3.0, backend=place.backend)
+    assert_close(found, expected)
+    assert error(found[1]["weight"][3], expected[1]["weight"][3]) <= 1e-5
 
 
 @pytest.mark.parametrize("offset", [0.0, 5.0, 8.0])

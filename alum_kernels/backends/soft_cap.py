@@ -20,10 +20,15 @@ def finished_logits(products: Tensor, scale: float, cap: float | None) -> Tensor
 
 
 def _change_of_tanh(difference: Tensor, clean: Tensor) -> Tensor:
-    """t(clean + difference) - t(clean). |difference| <= |adversarial| + |clean|, so that no exponent is positive."""
-    size, adv, of_clean = difference.abs(), (clean + difference).abs(), clean.abs()
-    numerator = -2 * torch.expm1(-2 * size) * torch.exp(size - adv - of_clean)
-    return torch.sign(difference) * numerator / ((1 + torch.exp(-2 * adv)) * (1 + torch.exp(-2 * of_clean)))
+    """t(clean + difference) - t(clean). |difference| <= |adversarial| + |clean|, so that no exponent is positive.
+
+    2 sinh is written for either sign, so that it has its derivative at zero too: a class of zero weight stays there.
+    """
+    adv, of_clean, up = (clean + difference).abs(), clean.abs(), difference >= 0
+    rise, fall = torch.where(up, difference, 0), torch.where(up, 0, difference)
+    risen = -torch.expm1(-2 * rise) * torch.exp(rise - adv - of_clean)
+    fallen = torch.expm1(2 * fall) * torch.exp(-fall - adv - of_clean)
+    return 2 * torch.where(up, risen, fallen) / ((1 + torch.exp(-2 * adv)) * (1 + torch.exp(-2 * of_clean)))
 
 
 def _slope(x: Tensor) -> Tensor:
