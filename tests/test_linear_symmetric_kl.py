@@ -13,6 +13,7 @@ from alum_kernels import (
 from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions, Wanted, rows_in_chunk
 from alum_kernels.ops.reductions import REDUCTIONS
 from alum_kernels.ops.symmetric_kl import GRADIENTS
+from benchmarks.timing import peak_memory
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -198,6 +199,26 @@ def test_chunks_change_rounding_only_and_the_same_chunks_nothing(kernel_place):
             again = value_and_gradients(given, "symmetric_kl", chunk_bytes=rows * 70 * 8, **options)
             assert torch.equal(again[0], chunked[0])
             assert all(torch.equal(again[1][name], chunked[1][name]) for name in NAMES)
+
+
+def test_memory_does_not_grow_with_rows_times_classes(kernel_place):
+    """Peaks as the allocator counts them: beyond results and hidden states, a chunk, whatever the number of rows."""
+    if kernel_place.interpreted:
+        pytest.skip("the interpreter's memory is numpy's")
+    columns, size, budget, peaks = 4000, 8, 1 << 20, []
+    device = torch.device(kernel_place.device)
+    for rows in (256, 1024):
+        leaves = [tensor.requires_grad_() for tensor in operands(rows, size, columns, device=device).values()]
+
+        def call(leaves=leaves) -> object:
+            loss = linear_symmetric_kl(*leaves, chunk_bytes=budget, backend=kernel_place.backend)
+            return torch.autograd.grad(loss, leaves)
+
+        call()
+        peaks.append(peak_memory(call, device))
+    results = 4 * (2 * columns * (size + 1) + 4 * 1024 * size)
+    assert peaks[1] <= 1.1 * budget + 2 * results
+    assert peaks[1] - peaks[0] <= 0.02 * 4 * (1024 - 256) * columns
 
 
 def test_the_budget_of_a_chunk(monkeypatch):
