@@ -100,8 +100,9 @@ def of_plan(operands: Operands, plan: str) -> Gradients:
         None,
         None,
         None,
-        LinearOptions("symmetric_kl", "full", plan=plan),
+        LinearOptions("symmetric_kl", "full"),
         Wanted(adv_hidden=True, hidden=True, weight=True),
+        plan,
     ).run()
     return result.rows.sum(), result.adv_hidden, result.hidden, result.weight
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from alum_kernels import linear_kl, linear_symmetric_kl
+from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions, LinearResult, Wanted
+from alum_kernels.ops.dispatch import implementation
 
 FUNCTIONS = {"symmetric_kl": linear_symmetric_kl, "kl": linear_kl}
 NAMES = ("adv_hidden", "hidden", "weight", "bias")
@@ -59,3 +61,9 @@ def assert_close(found, expected, *, value: float = 2e-6, gradient: float = 5e-6
     for name in NAMES:
         if name in expected[1]:
             assert error(found[1][name], expected[1][name]) <= gradient, name
+
+
+def under_plan(given: dict[str, Tensor], plan: str, backend: str) -> LinearResult:
+    """Losses and gradients of the sum before they are rounded, under a plan of the products."""
+    kernel, options = implementation("linear_symmetric_kl", backend), LinearOptions("symmetric_kl", "full")
+    return LinearDivergence(kernel, *given.values(), None, None, options, Wanted(True, True, True, True), plan).run()

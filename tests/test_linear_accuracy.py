@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from linear_operands import FUNCTIONS, NAMES, assert_close, error, in_float64, operands, value_and_gradients
+from linear_operands import FUNCTIONS, NAMES, assert_close, error, in_float64, operands, under_plan, value_and_gradients
 
 from alum_kernels import (
     linear_symmetric_kl,
     linear_symmetric_kl_grad,
     symmetric_kl,
 )
-from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions, Wanted
-from alum_kernels.ops.dispatch import implementation
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -35,14 +33,7 @@ def test_both_plans_of_the_products(kernel_place, plan, dtype):
     given = operands(rows=32, size=64, columns=700, perturbation=perturbation, spread=0.1, dtype=dtype)
     expected = in_float64(given, "symmetric_kl", reduction="sum")
     moved = {name: tensor.to(kernel_place.device) for name, tensor in given.items()}
-    result = LinearDivergence(
-        implementation("linear_symmetric_kl", kernel_place.backend),
-        *moved.values(),
-        None,
-        None,
-        LinearOptions("symmetric_kl", "full", plan=plan),
-        Wanted(True, True, True, True),
-    ).run()
+    result = under_plan(moved, plan, kernel_place.backend)
     bounds = (1e-5, 1e-5) if plan == "differences" else (1e-3 if dtype == torch.bfloat16 else 3e-3, 3e-3)
     assert error(result.rows.sum(), expected[0]) <= bounds[0]
     for name, bound in (("adv_hidden", bounds[0]), ("hidden", bounds[0]), ("weight", bounds[1]), ("bias", bounds[1])):
@@ -129,14 +120,7 @@ def test_accuracy_of_bfloat16_hidden_states(compiled_place, plan, perturbation):
     given = operands(48, 768, 32000, perturbation, spread=0.02, dtype=torch.bfloat16)
     expected = in_float64(given, "symmetric_kl", reduction="sum")
     moved = {name: tensor.to(compiled_place.device) for name, tensor in given.items()}
-    result = LinearDivergence(
-        implementation("linear_symmetric_kl", compiled_place.backend),
-        *moved.values(),
-        None,
-        None,
-        LinearOptions("symmetric_kl", "full", plan=plan),
-        Wanted(True, True, True, True),
-    ).run()
+    result = under_plan(moved, plan, compiled_place.backend)
     assert error(result.rows.sum(), expected[0]) <= 1e-3
     assert error(result.adv_hidden, expected[1]["adv_hidden"]) <= 1e-3
     assert error(result.hidden, expected[1]["hidden"]) <= 1e-3

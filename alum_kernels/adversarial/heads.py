@@ -51,6 +51,11 @@ class Head:
             return Head("masked_lm", "prediction_logits"), Head("classification", "seq_relationship_logits")
         return (self,)
 
+    @property
+    def tokens(self) -> "Head | None":
+        """The part that predicts a token at each position, if there is one."""
+        return next((part for part in self.parts if part.name in TOKEN_HEADS), None)
+
     def logits(self, outputs: Any) -> Tensor:
         """The predictions in what a model returned: an object or mapping with ``logits``, or a tensor."""
         if isinstance(outputs, Tensor):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
-from alum_kernels.adversarial.heads import TOKEN_HEADS, Head, detect_head
+from alum_kernels.adversarial.heads import Head, detect_head
 from alum_kernels.adversarial.hooks import (
     PerturbationHooks,
     RandomState,
@@ -274,7 +274,7 @@ class AdversarialObjective:
         )
 
     def _find_linear_head(self) -> LinearHead | None:
-        config, tokens = self.config, any(part.name in TOKEN_HEADS for part in self.head.parts)
+        config, tokens = self.config, self.head.tokens is not None
         if config.fused_head is False or (config.fused_head is None and not tokens):
             return None
         unfused = {config.divergence, config.ascent_divergence} - set(LINEAR_DIVERGENCES)

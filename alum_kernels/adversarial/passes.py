@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alum_kernels.adversarial.heads import IGNORED_LABEL, LABEL_KEYS, TOKEN_HEADS, Head
+from alum_kernels.adversarial.heads import IGNORED_LABEL, LABEL_KEYS, Head
 from alum_kernels.adversarial.hooks import dropout_off
 from alum_kernels.adversarial.linear_head import Captured, LinearHead, losses_agree
 from alum_kernels.adversarial.predictions import Prediction
@@ -44,8 +44,7 @@ class LinearPasses:
     """
 
     def __init__(self, head: Head, batch: Mapping[str, Any], positions: str, linear: LinearHead) -> None:
-        self._linear, self._parts, self._batch = linear, head.parts, batch
-        (self._tokens,) = (part for part in self._parts if part.name in TOKEN_HEADS)
+        self._linear, self._parts, self._tokens, self._batch = linear, head.parts, head.tokens, batch
         self._sentence_labels = None
         if len(self._parts) > 1:
             self._sentence_labels = batch.get("next_sentence_label")
@@ -108,7 +107,7 @@ class LinearPasses:
     def _read(self, outputs: Any, captured: Captured, compared: Tensor) -> list[Prediction]:
         return [
             Prediction(part, compared, linear=self._linear, captured=captured)
-            if part is self._tokens
+            if part == self._tokens
             else Prediction(part, part.logits(outputs), part.row_mask(self._batch))
             for part in self._parts
         ]
@@ -120,7 +119,7 @@ class LinearPasses:
         items = self._batch.get("num_items_in_batch")
         loss = total / (max(self._labels.shape[0], 1) if items is None else items)
         for part in self._parts:
-            if part is not self._tokens:
+            if part != self._tokens:
                 logits = part.logits(outputs)
                 wide = torch.promote_types(logits.dtype, torch.float32)
                 loss = loss + functional.cross_entropy(logits.to(wide), self._sentence_labels.flatten())
@@ -137,8 +136,7 @@ def _gathered(captured: Captured, rows: Tensor | None) -> Tensor:
 
 def one_sample(head: Head, batch: Mapping[str, Any]) -> dict[str, Any] | None:
     """The sample with the most labels as a batch of its own, or None where there is no label."""
-    (tokens,) = (part for part in head.parts if part.name in TOKEN_HEADS)
-    labels = tokens.labels(batch)
+    labels = head.tokens.labels(batch)
     counts = (labels != IGNORED_LABEL).sum(1)
     if labels.shape[0] == 0 or int(counts.max()) == 0:
         return None

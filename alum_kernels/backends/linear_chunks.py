@@ -20,6 +20,7 @@ At most one chunk of logits exists at a time.
 import os
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,22 +33,18 @@ DEFAULT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 CHUNK_BYTES_VARIABLE = "ALUM_LINEAR_CHUNK_BYTES"
 
 PLANS = ("differences", "sides")
-MASKED_ROWS = ("none", "gather", "keep")
-"""Rows of weight zero: there are none, they are left out of the products, or they go through them as zeros."""
 
 
-@dataclass(frozen=True)
-class LinearOptions:
-    """What is computed, apart from the tensors."""
+class LinearOptions(NamedTuple):
+    """What is computed, apart from the tensors, in the order of the op's schema."""
 
     divergence: str
     gradient: str
     inv_temperature: float = 1.0
     logit_scale: float = 1.0
     soft_cap_at: float | None = None
-    masked_rows: str = "none"
+    masked_rows: str = "none"  # of weight zero: there are none, "gather" leaves them out, "keep" takes them for zeros
     chunk_bytes: int | None = None
-    plan: str | None = None  # of the inputs' dtype and device, unless a test or a benchmark names one
 
 
 @dataclass(frozen=True)
@@ -108,11 +105,11 @@ def rows_in_chunk(rows: int, columns: int, options: LinearOptions, device: torch
 
 
 def wide_product(x: Tensor, y: Tensor, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
-    """x y in fp32, into ``out`` or added to it, accumulated in fp32 whatever the inputs' dtype.
+    """x y in fp32 (fp64 for fp64), into ``out`` or added to it, accumulated in fp32 whatever the inputs' dtype.
 
     ``out_dtype`` of torch.mm exists on CUDA only; elsewhere half-precision inputs are widened, which gives the same.
     """
-    if x.dtype == torch.float32:
+    if x.dtype in (torch.float32, torch.float64):
         if out is None:
             return torch.mm(x, y)
         return out.addmm_(x, y) if accumulate else torch.mm(x, y, out=out)
@@ -139,9 +136,10 @@ class LinearDivergence:
         clean_products: Tensor | None,  # (N, V) fp32: hidden weight^T, where the caller kept them
         options: LinearOptions,
         wanted: Wanted,
+        plan: str | None = None,  # that of the inputs, unless a test or a benchmark names one
     ) -> None:
         self.kernel, self.options, self.wanted = kernel, options, wanted
-        self.differences = plan_of(hidden, options.plan) == "differences"
+        self.differences = plan_of(hidden, plan) == "differences"
         dtype = torch.float32 if self.differences else hidden.dtype
         self.adv_hidden, self.hidden, self.weight = adv_hidden, hidden, weight.to(dtype)
         self.bias = None if bias is None else bias.float().contiguous()

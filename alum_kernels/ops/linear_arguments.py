@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alum_kernels.backends.linear_chunks import LinearOptions
 from alum_kernels.ops import checks
 from alum_kernels.ops.reductions import REDUCTIONS, mask_weight, reduce_rows, row_share
 from alum_kernels.ops.symmetric_kl import GRADIENTS
@@ -24,6 +25,7 @@ class LinearCall(NamedTuple):
     row_mask: Tensor | None  # (N,) weight of each row in the reduced loss, None for equal ones
     leading: torch.Size
     reduction: str
+    options: LinearOptions
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         return self.adv_hidden, self.hidden, self.weight, self.bias
@@ -43,14 +45,8 @@ class LinearCall(NamedTuple):
         return reduce_rows(rows.reshape(self.leading), weight, self.reduction)
 
 
-def masked_rows(mask: Tensor | None, gather_rows: bool) -> str:
-    """What becomes of rows of weight zero: there are none, they are left out (gathered), or kept as zeros."""
-    if mask is None:
-        return "none"
-    return "gather" if gather_rows else "keep"
-
-
 def linear_call(
+    divergence: str,
     adv_hidden: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -62,9 +58,11 @@ def linear_call(
     temperature: float,
     logit_scale: float,
     soft_cap: float | None,
+    gather_rows: bool,
     chunk_bytes: int | None,
 ) -> LinearCall:
     """Check the arguments of a linear divergence and make them ready."""
+    checks.check_choice("divergence", divergence, LINEAR_DIVERGENCES)
     _check_tensors(adv_hidden, hidden, weight, bias)
     checks.check_mask(mask, hidden.shape[:-1], hidden.device)
     checks.check_choice("reduction", reduction, REDUCTIONS)
@@ -78,6 +76,7 @@ def linear_call(
     adv_hidden, hidden, weight, bias = as_autocast(adv_hidden, hidden, weight, bias)
     leading, size = hidden.shape[:-1], hidden.shape[-1]
     row_mask = mask_weight(mask, reduction, leading, hidden.dtype)
+    masked = "none" if mask is None else "gather" if gather_rows else "keep"
     return LinearCall(
         adv_hidden.reshape(-1, size),
         hidden.reshape(-1, size),
@@ -86,6 +85,7 @@ def linear_call(
         None if row_mask is None else row_mask.reshape(-1),
         leading,
         reduction,
+        LinearOptions(divergence, gradient, 1.0 / temperature, logit_scale, soft_cap, masked, chunk_bytes),
     )
 
 

@@ -11,12 +11,10 @@ from alum_kernels.backends.reference import linear_symmetric_kl as reference
 from alum_kernels.ops import checks
 from alum_kernels.ops.dispatch import choose
 from alum_kernels.ops.linear_arguments import (
-    LINEAR_DIVERGENCES,
     as_autocast,
     check_chunk_bytes,
     check_head,
     linear_call,
-    masked_rows,
     without_autocast,
 )
 
@@ -52,7 +50,7 @@ def linear_products(hidden: Tensor, weight: Tensor, *, chunk_bytes: int | None =
     if hidden.shape[0] * weight.shape[0] * wide.itemsize > chunk_budget(chunk_bytes, hidden.device):
         return None
     with torch.no_grad(), without_autocast(hidden.device):
-        return torch.mm(hidden, weight.T) if hidden.dtype == wide else wide_product(hidden, weight.T)
+        return wide_product(hidden, weight.T)
 
 
 def linear_symmetric_kl_grad(
@@ -100,9 +98,9 @@ def linear_symmetric_kl_grad(
         >>> linear_symmetric_kl_grad(hidden + 1, hidden, weight)
         (tensor(0.2311), tensor([[0.4277]]))
     """
-    checks.check_choice("divergence", divergence, LINEAR_DIVERGENCES)
     checks.check_magnitude("grad_scale", grad_scale)
     call = linear_call(
+        divergence,
         adv_hidden,
         hidden,
         weight,
@@ -113,6 +111,7 @@ def linear_symmetric_kl_grad(
         temperature=temperature,
         logit_scale=logit_scale,
         soft_cap=soft_cap,
+        gather_rows=gather_rows,
         chunk_bytes=chunk_bytes,
     )
     chosen = choose("linear_symmetric_kl", backend, call.hidden, divergence)
@@ -122,16 +121,7 @@ def linear_symmetric_kl_grad(
     if chosen == "reference":
         leaf = inputs[0].clone().requires_grad_()
         with torch.enable_grad(), without_autocast(call.hidden.device):
-            rows = reference.rows(
-                leaf,
-                *inputs[1:],
-                call.row_mask,
-                divergence=divergence,
-                gradient="detach_clean",
-                inv_temperature=1.0 / temperature,
-                logit_scale=logit_scale,
-                soft_cap_at=soft_cap,
-            )
+            rows = reference.rows(leaf, *inputs[1:], call.row_mask, call.options)
             (gradient,) = torch.autograd.grad((rows * row_weight).sum() * grad_scale, leaf)
         rows = rows.detach()
     else:
@@ -139,13 +129,7 @@ def linear_symmetric_kl_grad(
             *inputs,
             row_weight,
             None if clean_products is None else clean_products.contiguous(),
-            divergence,
-            "detach_clean",
-            1.0 / temperature,
-            logit_scale,
-            soft_cap,
-            masked_rows(mask, gather_rows),
-            chunk_bytes,
+            *call.options,
             [True, False, False, False],
             chosen,
         )

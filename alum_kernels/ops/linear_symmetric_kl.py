@@ -1,12 +1,13 @@
 """``linear_symmetric_kl`` and ``linear_kl``: divergences between the predictions of two hidden states under one head.
 
-The logits are never held for the whole batch: a chunk of rows at a time goes through three products and one row kernel,
-which ``alum_kernels/backends/linear_chunks.py`` describes. The forward forms the gradients; the backward scales them,
+At most a chunk of logits is held at a time: rows go through three products and one row kernel, chunk by chunk, which
+``alum_kernels/backends/linear_chunks.py`` describes. The forward forms the gradients; the backward scales them,
 out of place, by an upstream factor that the host never looks at. With ``reduction="none"`` the upstream factors of the
 rows are not known in the forward, and the backward goes through the chunks again.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions, Wanted
 from alum_kernels.backends.reference import linear_symmetric_kl as reference
 from alum_kernels.ops.dispatch import LIBRARY, choose, implementation
-from alum_kernels.ops.linear_arguments import linear_call, masked_rows, without_autocast
+from alum_kernels.ops.linear_arguments import linear_call, without_autocast
 
 LIBRARY.define(
     "linear_symmetric_kl(Tensor adv_hidden, Tensor hidden, Tensor weight, Tensor? bias, Tensor? row_weight,"
@@ -42,15 +43,7 @@ def _linear(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = LinearOptions(
-        divergence=divergence,
-        gradient=gradient,
-        inv_temperature=inv_temperature,
-        logit_scale=logit_scale,
-        soft_cap_at=soft_cap,
-        masked_rows=masked_rows,
-        chunk_bytes=chunk_bytes,
-    )
+    options = LinearOptions(divergence, gradient, inv_temperature, logit_scale, soft_cap, masked_rows, chunk_bytes)
     kernel = implementation("linear_symmetric_kl", backend)
     with torch.no_grad(), without_autocast(hidden.device):
         result = LinearDivergence(
@@ -124,7 +117,7 @@ class _Reduced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, adv_hidden, hidden, weight, bias, row_weight, options, backend):
-        ctx.wanted = _wanted(ctx, options[1])
+        ctx.wanted = _wanted(ctx, options.gradient)
         rows, *gradients = torch.ops.alum_kernels.linear_symmetric_kl(
             adv_hidden, hidden, weight, bias, row_weight, None, *options, ctx.wanted, backend
         )
@@ -155,7 +148,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_rows):
         *inputs, row_weight = ctx.saved_tensors
-        wanted = _wanted(ctx, ctx.options[1])
+        wanted = _wanted(ctx, ctx.options.gradient)
         if row_weight is not None:
             grad_rows = torch.where(row_weight != 0, grad_rows, 0)
         _, *gradients = torch.ops.alum_kernels.linear_symmetric_kl(
@@ -173,49 +166,19 @@ def _divergence(
     weight: Tensor,
     bias: Tensor | None,
     *,
-    mask: Tensor | None,
-    reduction: str,
-    gradient: str,
-    temperature: float,
-    logit_scale: float,
-    soft_cap: float | None,
-    gather_rows: bool,
-    chunk_bytes: int | None,
     backend: str | None,
+    **arguments: Any,
 ) -> Tensor:
-    call = linear_call(
-        adv_hidden,
-        hidden,
-        weight,
-        bias,
-        mask=mask,
-        reduction=reduction,
-        gradient=gradient,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        soft_cap=soft_cap,
-        chunk_bytes=chunk_bytes,
-    )
+    call = linear_call(divergence, adv_hidden, hidden, weight, bias, **arguments)
     chosen = choose("linear_symmetric_kl", backend, call.hidden, divergence)
     if chosen == "reference":
         with without_autocast(call.hidden.device):
-            rows = reference.rows(
-                *call.tensors(),
-                call.row_mask,
-                divergence=divergence,
-                gradient=gradient,
-                inv_temperature=1.0 / temperature,
-                logit_scale=logit_scale,
-                soft_cap_at=soft_cap,
-            )
-        return call.reduced(rows)
+            return call.reduced(reference.rows(*call.tensors(), call.row_mask, call.options))
     # without a graph nothing will ask for gradients, whatever the tensors require
     inputs = call.tensors() if torch.is_grad_enabled() else call.detached()
-    masked = masked_rows(mask, gather_rows)
-    options = (divergence, gradient, 1.0 / temperature, logit_scale, soft_cap, masked, chunk_bytes)
-    if reduction == "none":
-        return _Rows.apply(*inputs, call.row_mask, options, chosen).reshape(call.leading)
-    return _Reduced.apply(*inputs, call.row_weight(), options, chosen)
+    if call.reduction == "none":
+        return _Rows.apply(*inputs, call.row_mask, call.options, chosen).reshape(call.leading)
+    return _Reduced.apply(*inputs, call.row_weight(), call.options, chosen)
 
 
 def linear_symmetric_kl(

@@ -90,15 +90,27 @@ ALUM_INLINE ExactRow<F> exact_row(Divergence divergence, const Load& load, int c
   return {{settled_lse, c.high, log_ratio, mean_p, mean_q}, settled_loss};
 }
 
-// Gradient of one class from the stored statistics of a row that has one; zero for a dead class. At the largest b, d is
-// zero as in the sums: c is that difference, rounded as here, and the temperature comes after it.
+// What the gradient of one class is made of, from the stored statistics of a row that has one; weights and difference of
+// a dead class are zero. At the largest b, d is zero as in the sums: c is that difference, rounded as here, and the
+// temperature comes after it.
+template <class F>
+struct ClassTerms {
+  F d, u;
+  Weights<F> weights;
+};
+
+template <class F>
+ALUM_INLINE ClassTerms<F> class_terms(const Logits<F>& x, const RowStatistics<F>& row, float inv_temperature) {
+  // NaN is the difference of a dead class, whose weights are zero
+  const F d = larger_of((x.difference.high - row.c) * inv_temperature, broadcast<F>(kLowest)), u = d - row.log_ratio;
+  return {d, u, weights(x.b * inv_temperature, -row.lse_b, u)};
+}
+
 template <class F>
 ALUM_INLINE Gradients<F> class_gradient(Rule rule, const Logits<F>& x, const RowStatistics<F>& row,
                                         float inv_temperature) {
-  // NaN is the difference of a dead class, whose weights are zero
-  const F d = larger_of((x.difference.high - row.c) * inv_temperature, broadcast<F>(kLowest));
-  const Weights<F> w = weights(x.b * inv_temperature, -row.lse_b, d - row.log_ratio);
-  return gradients(rule, w, d, row.mean_p, row.mean_q);
+  const ClassTerms<F> t = class_terms(x, row, inv_temperature);
+  return gradients(rule, t.weights, t.d, row.mean_p, row.mean_q);
 }
 
 // The same for the side of a, with da + db.
@@ -110,10 +122,9 @@ struct LinearGradients {
 template <class F>
 ALUM_INLINE LinearGradients<F> linear_class_gradient(Rule rule, const Logits<F>& x, const RowStatistics<F>& row, F loss,
                                                      float inv_temperature) {
-  const F d = larger_of((x.difference.high - row.c) * inv_temperature, broadcast<F>(kLowest)), u = d - row.log_ratio;
-  const Weights<F> w = weights(x.b * inv_temperature, -row.lse_b, u);
-  return {gradients(rule, w, d, row.mean_p, row.mean_q).da,
-          summed_gradient(rule, w, d, u, row.mean_p, row.mean_q, loss)};
+  const ClassTerms<F> t = class_terms(x, row, inv_temperature);
+  return {gradients(rule, t.weights, t.d, row.mean_p, row.mean_q).da,
+          summed_gradient(rule, t.weights, t.d, t.u, row.mean_p, row.mean_q, loss)};
 }
 
 ALUM_END

@@ -19,6 +19,9 @@ __device__ __forceinline__ void write_gradients(const DivergenceArguments& args,
                                                 const RowStatistics<float>& stats, float loss, float factor) {
   row.write(output_row<G>(args.grad_a, n, args.columns), output_row<G>(args.grad_sum, n, args.columns),
             [&](const Logits<float>& y) {
+              if (args.grad_sum == nullptr) {
+                return GradientPair{class_gradient(rule, y, stats, args.inv_temperature).da * factor, 0.0f};
+              }
               const auto g = linear_class_gradient(rule, y, stats, loss, args.inv_temperature);
               return GradientPair{g.da * factor, g.sum * factor};
             });

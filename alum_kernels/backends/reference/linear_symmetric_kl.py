@@ -9,6 +9,7 @@ Differentiable twice, float64 for float64 inputs; it holds all logits at once. T
 import torch
 from torch import Tensor
 
+from alum_kernels.backends.linear_chunks import LinearOptions
 from alum_kernels.backends.reference import symmetric_kl
 from alum_kernels.backends.soft_cap import soft_cap
 
@@ -42,12 +43,7 @@ def rows(
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     row_weight: Tensor | None,  # (N,)
-    *,
-    divergence: str,
-    gradient: str,
-    inv_temperature: float,
-    logit_scale: float,
-    soft_cap_at: float | None,
+    options: LinearOptions,
 ) -> Tensor:
     """Loss of each row, (N,) fp32 (float64 for float64 inputs), zero where ``row_weight`` is zero; differentiable."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -59,8 +55,9 @@ def rows(
     clean, difference = hidden @ weight.T, (adv_hidden - hidden) @ weight.T
     if bias is not None:
         clean = clean + bias.to(wide)
-    if soft_cap_at is None:
-        inv_temperature = inv_temperature * logit_scale
+    inv_temperature = options.inv_temperature
+    if options.soft_cap_at is None:
+        inv_temperature *= options.logit_scale
     else:
-        difference, clean = soft_cap(difference, clean, soft_cap_at, logit_scale)
-    return _Rows.apply(difference, clean, row_weight, divergence, gradient, inv_temperature)
+        difference, clean = soft_cap(difference, clean, options.soft_cap_at, options.logit_scale)
+    return _Rows.apply(difference, clean, row_weight, options.divergence, options.gradient, inv_temperature)
