@@ -384,3 +384,19 @@ def test_what_is_wrong_is_refused(tokenizer):
     assert collate.state_dict() == {"step": 0, "total": 0, "epoch": 0}
     with pytest.raises(TypeError, match=r"^collator: expected a ProgressiveMaskingCollator, got DataCollatorFor"):
         MaskingProgressCallback(transformers.DataCollatorForLanguageModeling(tokenizer))
+
+
+def test_states_that_are_none_are_refused(tokenizer):
+    collate = ProgressiveMaskingCollator(tokenizer)
+    untouched = collate.state_dict()
+    collate.load_state_dict(untouched)
+    assert collate.state_dict() == untouched
+    collate.set_progress(3, 10)
+    for state, kind, message in (
+        ({"step": 1}, ValueError, "^state: expected 'step', 'total' and 'epoch', got step"),
+        ({"step": -5, "total": 10, "epoch": 0}, ValueError, "^step: expected at least 0, got -5"),
+        ({"step": 5.7, "total": 10, "epoch": 0}, TypeError, "^step: expected an int, got float"),
+    ):
+        with pytest.raises(kind, match=message):
+            collate.load_state_dict(state)
+    assert collate.state_dict() == {"step": 3, "total": 10, "epoch": 0}

@@ -141,14 +141,7 @@ class ProgressiveMaskingCollator(DataCollatorForLanguageModeling):
             TypeError: one that is no integer.
             ValueError: a negative ``step`` or ``epoch``, or a ``total`` below 1.
         """
-        for name, value, least in (("step", step, 0), ("total", total, 1), ("epoch", epoch, 0)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
-        self._progress[TOTAL] = total
-        self._progress[EPOCH] = epoch
-        self._progress[STEP] = step
+        self._store(step, total, epoch, least_total=1)
 
     def state_dict(self) -> dict[str, int]:
         """The progress, for a checkpoint of a loop of one's own."""
@@ -163,7 +156,18 @@ class ProgressiveMaskingCollator(DataCollatorForLanguageModeling):
         """
         if not {"step", "total", "epoch"} <= state.keys():
             raise ValueError(f"state: expected 'step', 'total' and 'epoch', got {', '.join(state) or 'nothing'}")
-        self.set_progress(state["step"], state["total"], state["epoch"])
+        self._store(state["step"], state["total"], state["epoch"], least_total=0)
+
+    def _store(self, step: int, total: int, epoch: int, *, least_total: int) -> None:
+        # a total of 0 is that of a collator which has not been told yet
+        for name, value, least in (("step", step, 0), ("total", total, least_total), ("epoch", epoch, 0)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        self._progress[TOTAL] = total
+        self._progress[EPOCH] = epoch
+        self._progress[STEP] = step
 
     def __call__(self, features: Sequence[Any], return_tensors: str | None = None) -> dict[str, Any]:
         """Pads and masks the samples ``features``: dicts as tokenizers give them, or lists of ids."""
