@@ -30,6 +30,10 @@ class LabelledText:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def lengths(self) -> list[int]:
+        """Characters of each example, which tell roughly how many tokens it has."""
+        return [sum(map(len, texts)) for texts in self.texts]
+
 
 @dataclass(frozen=True)
 class Classification:

@@ -39,15 +39,15 @@ def training_batches(tokenizer, data: TaskData, *, steps: int, size: int, length
         raise ValueError(
             f"size: expected at most the {len(data.train)} training examples of {data.task.name}, got {size}"
         )
-    generator = torch.Generator().manual_seed(seed)
-    if isinstance(data.train, TaggedSentences):
-        sentences = data.train
+    order = {"size": size, "generator": torch.Generator().manual_seed(seed), "lengths": data.train.lengths()}
+    if not isinstance(data.train, TaggedSentences):
+        return take(classification_batches(tokenizer, data.train, length=length, **order), steps)
+    sentences = data.train
 
-        def encode(chosen: list[int]) -> Batch:
-            return encode_sentences(tokenizer, sentences, chosen, length)[0]
+    def encode(chosen: list[int]) -> Batch:
+        return encode_sentences(tokenizer, sentences, chosen, length)[0]
 
-        return take(ordered_batches(len(sentences), encode, size=size, generator=generator), steps)
-    return take(classification_batches(tokenizer, data.train, size=size, length=length, generator=generator), steps)
+    return take(ordered_batches(len(sentences), encode, **order), steps)
 
 
 def dev_set(tokenizer, data: TaskData, *, size: int, length: int) -> DevSet:

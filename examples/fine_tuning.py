@@ -12,7 +12,7 @@ from alum_kernels import AdversarialConfig
 from examples.encoding import NOT_COUNTED, DevSet
 from examples.glue_metrics import METRICS
 from examples.glue_tasks import REGRESSION, TAGGING, TaggedSentences, TaskData
-from examples.training import Batch, Run, train
+from examples.training import Batch, Run, adversarial_objective, train
 
 OUTSIDE = "O"
 
@@ -49,6 +49,15 @@ def new_model(data: TaskData, start: Start, seed: int) -> nn.Module:
     else:
         model = AutoModelForSequenceClassification.from_pretrained(start.source, num_labels=len(data.classes))
     return model.to(start.device)
+
+
+def check_methods(data: TaskData, configs: Sequence[AdversarialConfig | None], start: Start) -> None:
+    """Raises MethodError where a method has no meaning for this task, before anything is trained."""
+    model = new_model(data, start, seed=0)
+    for config in configs:
+        objective = adversarial_objective(model, config)
+        if objective is not None:
+            objective.remove_hooks()
 
 
 def fine_tune(

@@ -23,7 +23,7 @@ import torch
 import alum_kernels
 from examples.corpora import CorpusError
 from examples.encoding import dev_set, training_batches
-from examples.fine_tuning import Start, bundled_model, evaluate, fine_tune
+from examples.fine_tuning import Start, bundled_model, check_methods, evaluate, fine_tune
 from examples.glue_metrics import LABELS
 from examples.glue_tasks import TASKS, Task, TaskData, read_task
 from examples.methods import FINE_TUNING, chosen_methods
@@ -182,6 +182,7 @@ def main(given: list[str] | None = None) -> int:
             f"{chosen.steps} steps of {chosen.batch_size}, {chosen.seeds} seeds, {torch.get_num_threads()} threads, "
             f"device {chosen.device}"
         )
+        check_methods(data, [FINE_TUNING[method] for method in chosen.method], start)
         dev = dev_set(tokenizer, data, size=chosen.batch_size, length=chosen.length)
         for seed in range(chosen.seeds):
             for method in chosen.method:
@@ -192,9 +193,6 @@ def main(given: list[str] | None = None) -> int:
                 print(f"  {method}, seed {seed}: {figures}", flush=True)
     except (CorpusError, MethodError) as error:
         print(f"error: {error}", file=sys.stderr)
-        if results is None or not results.runs:
-            return 2
-        _report(results, data, chosen.output)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: what was measured so far follows", file=sys.stderr)

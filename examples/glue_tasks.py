@@ -102,6 +102,10 @@ class TaggedSentences:
     def __len__(self) -> int:
         return len(self.words)
 
+    def lengths(self) -> list[int]:
+        """Characters of each sentence, which tell roughly how many tokens it has."""
+        return [sum(map(len, words)) for words in self.words]
+
 
 Examples = LabelledText | TaggedSentences
 
@@ -116,8 +120,11 @@ class TaskData:
     classes: tuple[str, ...]
 
     def limited(self, train: int | None = None, dev: int | None = None) -> "TaskData":
-        """At most so many examples of each part, drawn at random but always the same."""
-        return replace(self, train=_sample(self.train, train), dev=_sample(self.dev, dev))
+        """At most so many examples of each part, drawn at random but always the same; ``dev`` from short to long."""
+        train_part = _part(self.train, _drawn(len(self.train), train))
+        lengths = self.dev.lengths()
+        dev_part = _part(self.dev, sorted(_drawn(len(self.dev), dev), key=lengths.__getitem__))
+        return replace(self, train=train_part, dev=dev_part)
 
 
 def read_task(name: str, data: str | Path) -> TaskData:
@@ -292,11 +299,13 @@ def _hub_label(task: Task, row: dict, place: str) -> int | float:
     raise CorpusError(f"{place}: expected a label from 0 to {upper}, got {label!r}")
 
 
-def _sample(examples: Examples, count: int | None) -> Examples:
-    if count is None or count >= len(examples):
-        return examples
-    chosen = random.Random(0).sample(range(len(examples)), count)
+def _drawn(available: int, count: int | None) -> Sequence[int]:
+    if count is None or count >= available:
+        return range(available)
+    return random.Random(0).sample(range(available), count)
 
+
+def _part(examples: Examples, chosen: Sequence[int]) -> Examples:
     def part(values: Sequence) -> list:
         return [values[index] for index in chosen]
 

@@ -16,6 +16,8 @@ Batch = dict[str, Tensor]
 
 TELEMETRY_INTERVAL = 5
 WARM_UP_SHARE = 0.1
+POOL = 16
+"""Batches among which examples are sorted by length."""
 
 
 class MethodError(ValueError):
@@ -123,9 +125,15 @@ def _clock(device: torch.device) -> float:
 
 
 def classification_batches(
-    tokenizer, texts: LabelledText, *, size: int, length: int, generator: torch.Generator | None = None
+    tokenizer,
+    texts: LabelledText,
+    *,
+    size: int,
+    length: int,
+    generator: torch.Generator | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Padded batches in order, or endlessly in the random order of ``generator``; labels are classes or scores."""
+    """Padded batches of :func:`ordered_batches`; labels are classes or scores."""
 
     def encode(chosen: list[int]) -> Batch:
         rows = [texts.texts[index] for index in chosen]
@@ -135,23 +143,40 @@ def classification_batches(
         )
         return {**encoded, "labels": torch.tensor([texts.labels[index] for index in chosen])}
 
-    return ordered_batches(len(texts), encode, size=size, generator=generator)
+    return ordered_batches(len(texts), encode, size=size, generator=generator, lengths=lengths)
 
 
 def ordered_batches(
-    count: int, encode: Callable[[list[int]], Batch], *, size: int, generator: torch.Generator | None = None
+    count: int,
+    encode: Callable[[list[int]], Batch],
+    *,
+    size: int,
+    generator: torch.Generator | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Encoded groups of ``size`` out of ``count`` examples, in order or endlessly in the random order of ``generator``.
 
-    A last group that is smaller is left out of random orders.
+    A last group that is smaller is left out of random orders. With ``lengths`` a random order has examples of similar
+    length side by side, within every ``POOL`` batches, which leaves little padding; the batches come in random order.
     """
     while True:
         order = torch.randperm(count, generator=generator) if generator else torch.arange(count)
-        for chosen in order.split(size):
+        groups = list(order.split(size))
+        if generator is not None and lengths is not None:
+            groups = [
+                group for pool in order.split(size * POOL) for group in _by_length(pool, size, generator, lengths)
+            ]
+        for chosen in groups:
             if generator is None or len(chosen) == size:
                 yield encode(chosen.tolist())
         if generator is None or count < size:
             return
+
+
+def _by_length(pool: Tensor, size: int, generator: torch.Generator, lengths: Sequence[int]) -> list[Tensor]:
+    ordered = torch.tensor(sorted(pool.tolist(), key=lengths.__getitem__))
+    groups = ordered.split(size)
+    return [groups[place] for place in torch.randperm(len(groups), generator=generator).tolist()]
 
 
 def take(batches: Iterable[Batch], count: int) -> list[Batch]:
