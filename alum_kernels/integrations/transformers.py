@@ -137,7 +137,7 @@ class AdversarialTrainer(Trainer):
 
         outside = self.compute_loss_func is not None or self.label_smoother is not None
 
-        def clean_pass() -> tuple[Tensor, Any]:
+        def run_task() -> tuple[Tensor, Any]:
             # losses outside the model divide by the count that they are given; heads take the mean
             counts = items is not None and outside
             loss, outputs = super(AdversarialTrainer, self).compute_loss(
@@ -154,7 +154,7 @@ class AdversarialTrainer(Trainer):
         self.objective.model = model
         seed, sample_offset = self._place_of(find_batch_size(batch))
         result = self.objective.forward(
-            batch, clean_pass=clean_pass, standard_loss=not outside, seed=seed, sample_offset=sample_offset
+            batch, run_task=run_task, standard_loss=not outside, seed=seed, sample_offset=sample_offset
         )
         loss = result.loss if items is None else result.loss * (items * processes) / num_items_in_batch
         return (loss, result.outputs) if return_outputs else loss
