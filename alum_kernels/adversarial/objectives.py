@@ -44,7 +44,8 @@ class AdversarialOutput:
     """What a step's passes gave.
 
     Attributes:
-        loss: to be differentiated: the step's whole loss, or, where every pass trains, the last one's share of it.
+        loss: to be differentiated. Its value is the step's loss; where every pass trains, its gradient is that of the
+            last one's share (of a replay, value and gradient are the last one's).
         task_loss: the task's own, detached, at the clean point (where there is no clean pass, the mean of the others).
         divergence: mean over the compared rows, detached; 0 where nothing is compared.
         outputs: what the model returned in the clean pass, or in the last one where there is no clean pass.
@@ -162,8 +163,7 @@ class AdversarialObjective:
                 (``config.backward == "replay"``); called between replays, the update after the last is the caller's.
 
         Returns:
-            Detached device scalars ``loss`` (what was differentiated last), ``task_loss`` and ``divergence``, before
-            ``scale``.
+            Detached device scalars ``loss``, ``task_loss`` and ``divergence``, before ``scale``.
         """
         differentiate = backward or Tensor.backward
         output = self.forward(batch, backward=lambda loss: differentiate(loss * scale), update=update)

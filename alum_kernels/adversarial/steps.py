@@ -181,6 +181,7 @@ def train_on_the_way(
 ) -> StepResult:
     """K + 1 passes along the ascent; all but the last are differentiated here, by ``backward``.
 
+    The loss that is returned has the value of the whole step's and the gradient of the last pass's share.
     ``update`` is called after each of these backwards, if it is given.
     """
     config, perturbation = step.config, step.perturbation
@@ -206,13 +207,16 @@ def train_on_the_way(
         if update is not None:
             update()
     last = step.run_task(partial(perturbation.perturb, telemetry=config.telemetry))
+    loss = share * last.loss
+    if config.backward == "accumulate" and losses:
+        loss = loss + share * torch.stack(losses).sum()  # the step's whole loss, for the eye; no gradient
     losses.append(last.loss.detach())
     mean = torch.stack(losses).mean()
     nothing = torch.zeros_like(mean)
     if config.telemetry:
         increase = {"task_increase": losses[-1] - losses[0]} if config.steps else {}
         step.telemetry.add(steps=torch.ones_like(mean), **increase, **perturbation.figures())
-    return StepResult(share * last.loss, mean, nothing, mean, None, last.outputs)
+    return StepResult(loss, mean, nothing, mean, None, last.outputs)
 
 
 def _perturb_and_watch(step: Step, grads: dict[int, Tensor], index: int, output: Tensor) -> Tensor:
