@@ -256,7 +256,8 @@ class AdversarialObjective:
 
         started = progress.started(config.start)
         alpha = config.alpha * progress.value("alpha_schedule", config.alpha_schedule) if started else 0.0
-        if not (alpha > 0 or (started and config.adversarial_weight > 0) or proximal is not None):
+        adversarial_weight = config.adversarial_weight if started else 0.0
+        if not (alpha > 0 or adversarial_weight > 0 or proximal is not None):
             loss, outputs, _ = task()
             return StepResult(loss, loss, torch.zeros((), device=loss.device), None, None, outputs)
         self._constants.scale(progress.value("epsilon_schedule", config.epsilon_schedule))
@@ -279,6 +280,7 @@ class AdversarialObjective:
             random=RandomState(device) if config.dropout == "shared" else None,
             telemetry=self.telemetry,
             alpha=alpha,
+            adversarial_weight=adversarial_weight,
             check_signal=config.signal_check_interval > 0 and self._steps % config.signal_check_interval == 0,
         )
         if config.backward == "final":

@@ -68,7 +68,7 @@ class Step:
         perturbation: of this batch.
         random: state of dropout's generators that every pass begins with; None lets each pass draw its own.
         telemetry: takes the figures.
-        alpha: weight of the divergence in this step.
+        alpha, adversarial_weight: weights of the divergence and of the perturbed task's loss in this step.
         check_signal: measure the divergence at half the perturbation as well.
     """
 
@@ -82,6 +82,7 @@ class Step:
     random: RandomState | None
     telemetry: Telemetry
     alpha: float
+    adversarial_weight: float
     check_signal: bool = False
 
     def run_clean(self) -> TaskPass:
@@ -135,9 +136,10 @@ class Step:
 def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult:
     """Clean pass, ascent and final pass; one loss for one backward."""
     config = step.config
-    task = proximity = adversarial_loss = None
-    compares = step.alpha > 0 or config.climbs_divergence
-    if config.clean_weight > 0 or compares or proximal is not None:
+    task = proximity = adversarial_loss = start = None
+    perturbs = step.alpha > 0 or step.adversarial_weight > 0
+    climbs_divergence = perturbs and config.climbs_divergence
+    if config.clean_weight > 0 or step.alpha > 0 or climbs_divergence or proximal is not None:
         task = step.run_clean()
     parts = [] if task is None or config.clean_weight == 0 else [config.clean_weight * task.loss]
     if proximal is not None:
@@ -145,12 +147,13 @@ def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult
         proximity = mean_divergences(task.predictions, teacher, config.replace(gradient="detach_clean")).sum()
         parts.append(config.proximal * proximity)
 
-    start = _ascend_divergence(step, task) if config.climbs_divergence else _ascend_task(step)
+    if perturbs:
+        start = _ascend_divergence(step, task) if climbs_divergence else _ascend_task(step)
     perturb = partial(step.perturbation.perturb, telemetry=config.telemetry, keep_delta=step.check_signal)
-    if config.adversarial_weight > 0:
+    if step.adversarial_weight > 0:
         final = step.run_task(perturb)
         adv, adversarial_loss = final.predictions, final.loss
-        parts.append(config.adversarial_weight * final.loss)
+        parts.append(step.adversarial_weight * final.loss)
         task = final if task is None else task
     elif step.alpha > 0:
         adv = step.predict(step.model, perturb)
@@ -167,8 +170,10 @@ def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult
             figures |= {"task_increase": adversarial_loss - start}
         if step.alpha > 0:
             figures["divergence"] = divergence
+        if proximity is not None:
+            figures["proximal"] = proximity
         step.telemetry.add(steps=torch.ones_like(divergence), **figures)
-    if step.check_signal:
+    if step.check_signal and step.alpha > 0:
         _check_signal(step, adv, task.predictions)
     return StepResult(sum(parts[1:], parts[0]), task.loss, divergence, adversarial_loss, proximity, task.outputs)
 
@@ -185,7 +190,7 @@ def train_on_the_way(
     ``update`` is called after each of these backwards, if it is given.
     """
     config, perturbation = step.config, step.perturbation
-    share = config.adversarial_weight / (1 if config.backward == "replay" else config.steps + 1)
+    share = step.adversarial_weight / (1 if config.backward == "replay" else config.steps + 1)
     losses: list[Tensor] = []
     for _ in range(config.steps):
         grads: dict[int, Tensor] = {}
