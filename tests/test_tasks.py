@@ -116,7 +116,7 @@ def test_more_padding_changes_nothing(task, family):
     assert more["input_ids"].shape[-1] == batch["input_ids"].shape[-1] + 2
     # the models' own loss of answers has padding among its classes
     options = {"loss": lambda outputs, _: outputs.start_logits[:, 0].sum()} if task == "spans" else {}
-    tolerance = 1e-4 if family in FP32_INSIDE else 1e-7
+    tolerance = 1e-5 if family in FP32_INSIDE else 1e-7
     for config in (CLIMBED.replace(fused_head=False), CLIMBED):
         output, gradients = step(model, config, batch, **options)
         again, gradients_again = step(model, config, more, **options)

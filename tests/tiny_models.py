@@ -7,7 +7,7 @@ import transformers
 from tiny_families import FAMILIES, FAMILIES_OF, HEAD_OF, LABELS, PADDING, TASKS, VOCABULARY
 from torch import Tensor, nn
 
-__all__ = ["FAMILIES_OF", "HEAD_OF", "LABELS", "PADDING", "VOCABULARY"]
+__all__ = ["FAMILIES", "FAMILIES_OF", "HEAD_OF", "LABELS", "PADDING", "VOCABULARY"]
 
 _BERT = {
     "vocab_size": VOCABULARY,
