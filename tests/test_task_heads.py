@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from alum_kernels import AdversarialConfig
-from alum_kernels.adversarial.heads import HEADS, IGNORED_LABEL, LABEL_KEYS, Head, detect_head
+from alum_kernels.adversarial.heads import HEADS, Head, detect_head
+from alum_kernels.adversarial.labels import IGNORED_LABEL, LABEL_KEYS
 from alum_kernels.adversarial.passes import LogitPasses
 from alum_kernels.adversarial.predictions import mean_divergences
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective, noise_init
 from alum_kernels.adversarial.heads import Head, detect_head
-from alum_kernels.adversarial.hooks import perturbed_modules
+from alum_kernels.adversarial.sites import perturbed_sites
 
 EVERY = [(task, family) for task, families in tiny_models.FAMILIES_OF.items() for family in families]
 every_family_and_task = pytest.mark.parametrize(("task", "family"), EVERY, ids=["-".join(pair) for pair in EVERY])
@@ -54,7 +54,7 @@ def test_a_step_runs(task, family):
 
 def both_sides(model: nn.Module, batch: dict[str, Tensor], seed: int) -> list:
     """What the model itself returns, clean and with the noise added to its embeddings."""
-    (module,) = perturbed_modules(model).values()
+    module = perturbed_sites(model)[0].module
     mask = batch["attention_mask"].flatten(0, -2)
 
     def add(_: nn.Module, args: tuple, output: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels.adversarial.hooks import unwrap
+from alum_kernels.adversarial.labels import IGNORED_LABEL, LABEL_KEYS
 from alum_kernels.adversarial.positions import continued_positions, visible_positions
 from alum_kernels.ops.checks import check_choice
 from alum_kernels.ops.squared_error import squared_error
@@ -32,27 +33,11 @@ _POSITION_HEADS = (*TOKEN_HEADS, "token_classification")
 
 POSITIONS = ("labelled", "all")
 
-LABEL_KEYS = (
-    "labels",
-    "label",
-    "label_ids",
-    "shift_labels",
-    "next_sentence_label",
-    "start_positions",
-    "end_positions",
-    "is_impossible",
-    "cls_index",
-    "num_items_in_batch",
-)
-"""Entries of a batch that only the task's loss reads; the perturbed passes go without them."""
-
 _LABEL_OF_FIELD = {
     "seq_relationship_logits": "next_sentence_label",
     "start_logits": "start_positions",
     "end_logits": "end_positions",
 }
-
-IGNORED_LABEL = -100
 
 _DIVERGENCES = {"symmetric_kl": symmetric_kl, "kl": kl, "js": js}
 

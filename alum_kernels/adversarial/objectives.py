@@ -236,7 +236,7 @@ class AdversarialObjective:
         update: Callable[[], None] | None,
     ) -> StepResult:
         config, inner = self.config, unwrap(self.model)
-        device, inputs = device_of(inner), without_labels(batch)
+        device, inputs = device_of(inner), self._inputs(batch)
         progress = self._progress or Progress(self._steps)
         self._steps += 1
         proximal = self._teacher() if config.proximal > 0 else None
@@ -395,9 +395,12 @@ class AdversarialObjective:
         if self._first_layer is not None:
             self._first_layer.remove()
 
+    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return without_labels(batch) if self.head is None else self.head.inputs(batch, self.model)
+
     def _run_task(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         if self._loss is not None:
-            outputs = self.model(**without_labels(batch))
+            outputs = self.model(**self._inputs(batch))
             return self._loss(outputs, batch), outputs
         outputs = self.model(**batch)
         loss = loss_of(outputs)

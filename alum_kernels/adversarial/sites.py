@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alum_kernels.adversarial.heads import IGNORED_LABEL
+from alum_kernels.adversarial.labels import IGNORED_LABEL
+from alum_kernels.adversarial.positions import visible_positions
 
 EMBEDDING_NORMS = ("embeddings.LayerNorm", "embeddings.norm", "layernorm_embedding")
 """How the layer norm of the embeddings is called: BERT and its kin, ModernBERT, BART."""
@@ -61,9 +62,7 @@ class Site:
         if not isinstance(mask, Tensor):
             return None
         if mask.dim() == 4:
-            # a position of padding may attend to nothing, not even to itself
-            own = mask.diagonal(dim1=-2, dim2=-1)[:, 0]
-            mask = own > torch.finfo(own.dtype).min / 2 if own.is_floating_point() else own != 0
+            mask = visible_positions(batch)
         return _of_shape("attention_mask", _as_rows(mask), embeds)
 
     def _decoder_mask(self, batch: Mapping[str, Any], embeds: Tensor) -> Tensor | None:
@@ -129,6 +128,7 @@ def perturbed_sites(
 
 def _site_of(model: nn.Module, everything: Mapping[str, nn.Module], two_sided: bool, decoder: bool, site: str) -> Site:
     part = (model.get_decoder() if decoder else model.get_encoder()) if two_sided else model
+    own_encoder = None if two_sided or not callable(getattr(model, "get_encoder", None)) else model.get_encoder()
     found = None
     if site != "embeddings":
         inside = dict(part.named_modules())
@@ -138,6 +138,8 @@ def _site_of(model: nn.Module, everything: Mapping[str, nn.Module], two_sided: b
         wanted = "input embeddings"
         if two_sided:
             found = getattr(part, "embed_tokens", None)
+        elif isinstance(getattr(own_encoder, "embed_tokens", None), nn.Module):
+            found = own_encoder.embed_tokens  # an encoder-decoder's encoder with a head on it
         elif callable(getattr(model, "get_input_embeddings", None)):
             found = model.get_input_embeddings()
     if found is None:

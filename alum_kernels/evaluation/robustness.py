@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alum_kernels.adversarial.heads import IGNORED_LABEL, LABEL_KEYS, Head, detect_head
+from alum_kernels.adversarial.heads import Head, detect_head
 from alum_kernels.adversarial.hooks import PerturbationHooks, device_of, dropout_off, unwrap
+from alum_kernels.adversarial.labels import IGNORED_LABEL, LABEL_KEYS
 from alum_kernels.adversarial.sites import perturbed_sites
 from alum_kernels.ops.checks import check_choice, check_magnitude
 from alum_kernels.ops.noise_init import noise_init

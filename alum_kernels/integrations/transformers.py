@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
-from alum_kernels.adversarial.heads import IGNORED_LABEL
+from alum_kernels.adversarial.labels import IGNORED_LABEL
 from alum_kernels.adversarial.objectives import AdversarialObjective
 
 try:
