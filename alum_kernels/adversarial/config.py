@@ -178,14 +178,23 @@ class AdversarialConfig(Presets):
         for name in ("alpha_schedule", "epsilon_schedule"):
             object.__setattr__(self, name, check_points(name, getattr(self, name)))
         check_start("start", self.start)
-        momentum = self.proximal_momentum
-        if isinstance(momentum, int | float) and not isinstance(momentum, bool):
-            momentum = ((0.0, momentum),)
-        if any(value > 1 for _, value in check_points("proximal_momentum", momentum)):
-            raise ValueError(f"proximal_momentum: expected numbers from 0 to 1, got {self.proximal_momentum!r}")
+        self._check_momentum()
         if self.proximal_interval == 0:
             raise ValueError("proximal_interval: expected a number >= 1, got 0")
         self._check_combination()
+
+        for token in self.excluded_tokens:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise TypeError(f"excluded_tokens: expected token ids, got {token!r}")
+
+    def _check_momentum(self) -> None:
+        momentum = self.proximal_momentum
+        number = isinstance(momentum, int | float) and not isinstance(momentum, bool)
+        points = check_points("proximal_momentum", ((0.0, momentum),) if number else momentum)
+        if any(value > 1 for _, value in points):
+            raise ValueError(f"proximal_momentum: expected numbers from 0 to 1, got {momentum!r}")
+        if not number:
+            object.__setattr__(self, "proximal_momentum", points)
 
     def _check_combination(self) -> None:
         """Refuse what no step could do."""
