@@ -1,7 +1,8 @@
 """Fused kernels and a thin training wrapper for adversarial training of transformer language models."""
 
 from alum_kernels.adversarial.config import AdversarialConfig
-from alum_kernels.adversarial.objectives import AdversarialObjective, AdversarialOutput
+from alum_kernels.adversarial.objectives import AdversarialObjective
+from alum_kernels.adversarial.output import AdversarialOutput
 from alum_kernels.ops.dispatch import BackendUnavailableError
 from alum_kernels.ops.linear_ascent import linear_products, linear_symmetric_kl_grad
 from alum_kernels.ops.linear_symmetric_kl import linear_kl, linear_symmetric_kl
