@@ -4,7 +4,7 @@ a, b are the adversarial and the clean logits (already divided by the temperatur
 
     c = (a - b) at argmax b         d = (a - b) - c, formed exactly (two-sum)
     Lambda = log1p(sum_j q_j expm1(d_j)) while max a - c - max b <= 30, else lse(a) - lse(b) - c
-    u = d - Lambda = log p - log q
+    u = d - Lambda = log p - log q; else (a - max a) - (b - max b) - log(sum_j e^(a_j - max a) / sum_j e^(b_j - max b))
     p - q = q expm1(u) for u <= 0, -p expm1(-u) for u > 0           (never overflows)
 
     symmetric_kl  J = sum_j (p_j - q_j) u_j                         every term >= 0
@@ -127,7 +127,7 @@ def _analyse(
     d = ((high - c_high) + (low - c_low)) * inv_temperature
     max_a, max_b = a.amax(-1, keepdim=True).detach(), b.amax(-1, keepdim=True).detach()
     c = (c_high + c_low).squeeze(-1)
-    gap = ((max_a - max_b).squeeze(-1) - c) * inv_temperature
+    gap = (max_a - a.gather(-1, top).detach()).squeeze(-1) * inv_temperature
     weight_a = _weight_of(a, max_a, dead, inv_temperature)
     weight_b = _weight_of(b, max_b, dead, inv_temperature)
     l1, l2 = weight_a.sum(-1), weight_b.sum(-1)
@@ -136,7 +136,9 @@ def _analyse(
     change = _weights_below(torch.where(d > 0, weight_a * lift, weight_b), d)[2].sum(-1) / l2
     near = (gap <= NARROW) & (change > -0.5)
     log_ratio = torch.where(near, torch.log1p(torch.where(near, change, 0)), gap + torch.log(l1 / l2))
-    u = torch.where(dead, 0, d - log_ratio.unsqueeze(-1))
+    # far rows have d and Lambda in the hundreds where u is small: there u is taken from the largest logit of each side
+    far_u = ((a - max_a) - (b - max_b)) * inv_temperature - torch.log(l1 / l2).unsqueeze(-1)
+    u = torch.where(dead, 0, torch.where(near.unsqueeze(-1), d - log_ratio.unsqueeze(-1), far_u))
     larger = torch.where(u > 0, weight_a / l1.unsqueeze(-1), weight_b / l2.unsqueeze(-1))
     p, q, difference = _weights_below(torch.where(dead, 0, larger), u)
 
