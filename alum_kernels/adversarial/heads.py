@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from alum_kernels.ops.checks import check_choice
 from alum_kernels.ops.squared_error import squared_error
-from alum_kernels.ops.symmetric_kl import js, kl, symmetric_kl, symmetric_kl_grad
+from alum_kernels.ops.symmetric_kl import js, kl, squared_hellinger, symmetric_kl, symmetric_kl_grad
 
 HEADS = ("classification", "regression", "masked_lm", "causal_lm", "pretraining")
 TOKEN_HEADS = ("masked_lm", "causal_lm")
@@ -22,7 +22,7 @@ LABEL_KEYS = ("labels", "label", "label_ids", "shift_labels", "next_sentence_lab
 
 IGNORED_LABEL = -100
 
-_DIVERGENCES = {"symmetric_kl": symmetric_kl, "kl": kl, "js": js}
+_DIVERGENCES = {"symmetric_kl": symmetric_kl, "kl": kl, "js": js, "squared_hellinger": squared_hellinger}
 
 
 @dataclass(frozen=True)
