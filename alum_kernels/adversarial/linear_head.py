@@ -121,6 +121,8 @@ def find_linear_head(model: nn.Module) -> LinearHead | str:
         return f"its output embeddings are a {type(projection).__module__}.{type(projection).__name__}{replaced}"
     if not projection.weight.is_floating_point():
         return f"its output embeddings hold {projection.weight.dtype} weights"
+    if getattr(model, "final_logits_bias", None) is not None:
+        return "it adds final_logits_bias to its output projection's logits"
     config = getattr(model, "config", None)
     text = config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
     vocabulary = getattr(text, "vocab_size", projection.out_features)

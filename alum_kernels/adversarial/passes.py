@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alum_kernels.adversarial.heads import IGNORED_LABEL, LABEL_KEYS, Head
+from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.hooks import dropout_off
+from alum_kernels.adversarial.labels import IGNORED_LABEL, LABEL_KEYS
 from alum_kernels.adversarial.linear_head import Captured, LinearHead, losses_agree
 from alum_kernels.adversarial.predictions import Prediction
 
 
 def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a pass that computes no loss."""
+    """A batch without its labels; ``Head.inputs`` also makes what a model would have made from them."""
     return {key: value for key, value in batch.items() if key not in LABEL_KEYS}
 
 
@@ -27,6 +28,7 @@ class LogitPasses:
     """Passes whose predictions are the logits that the model returns."""
 
     def __init__(self, head: Head, batch: Mapping[str, Any], positions: str) -> None:
+        self._batch = batch
         self._parts = [(part, part.row_mask(batch, positions)) for part in head.parts]
 
     def run(self, forward: Callable[[], Any]) -> list[Prediction]:
@@ -34,7 +36,8 @@ class LogitPasses:
         return self.read(forward())
 
     def read(self, outputs: Any) -> list[Prediction]:
-        return [Prediction(part, part.logits(outputs), mask) for part, mask in self._parts]
+        """The predictions in what the model returned."""
+        return [Prediction(part, part.predictions(outputs, self._batch), mask) for part, mask in self._parts]
 
 
 class LinearPasses:
@@ -44,14 +47,8 @@ class LinearPasses:
     """
 
     def __init__(self, head: Head, batch: Mapping[str, Any], positions: str, linear: LinearHead) -> None:
-        self._linear, self._parts, self._tokens, self._batch = linear, head.parts, head.tokens, batch
-        self._sentence_labels = None
-        if len(self._parts) > 1:
-            self._sentence_labels = batch.get("next_sentence_label")
-            if not isinstance(self._sentence_labels, Tensor):
-                raise ValueError(
-                    f"batch: expected 'next_sentence_label' (B,) for a {head.name} head, got {', '.join(batch)}"
-                )
+        self._linear, self._head, self._parts, self._tokens, self._batch = linear, head, head.parts, head.tokens, batch
+        self._other_labels = {part: part.labels(batch) for part in self._parts if part != self._tokens}
         labels = self._tokens.labels(batch).flatten()
         self._labelled = (labels != IGNORED_LABEL).nonzero().squeeze(1)
         self._labels = labels.index_select(0, self._labelled)
@@ -85,7 +82,7 @@ class LinearPasses:
     def verify(self, model: nn.Module, own: Any) -> str | None:
         """Why the model is not what this takes it for, given what it returned for the batch, or None if it is."""
         with self._linear.capturing() as captured:
-            outputs = model(**without_labels(self._batch))
+            outputs = model(**self._head.inputs(self._batch, model))
         mismatch = self._linear.mismatch(captured, self._tokens.logits(outputs))
         if mismatch is not None:
             return mismatch
@@ -108,7 +105,7 @@ class LinearPasses:
         return [
             Prediction(part, compared, linear=self._linear, captured=captured)
             if part == self._tokens
-            else Prediction(part, part.logits(outputs), part.row_mask(self._batch))
+            else Prediction(part, part.predictions(outputs, self._batch), part.row_mask(self._batch))
             for part in self._parts
         ]
 
@@ -118,11 +115,10 @@ class LinearPasses:
             total = self._linear.cross_entropy(labelled, self._labels)
         items = self._batch.get("num_items_in_batch")
         loss = total / (max(self._labels.shape[0], 1) if items is None else items)
-        for part in self._parts:
-            if part != self._tokens:
-                logits = part.logits(outputs)
-                wide = torch.promote_types(logits.dtype, torch.float32)
-                loss = loss + functional.cross_entropy(logits.to(wide), self._sentence_labels.flatten())
+        for part, labels in self._other_labels.items():
+            logits = part.logits(outputs)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            loss = loss + functional.cross_entropy(logits.to(wide), labels)
         return loss
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alum_kernels.adversarial.heads import IGNORED_LABEL, LABEL_KEYS, Head, detect_head
-from alum_kernels.adversarial.hooks import PerturbationHooks, device_of, dropout_off, perturbed_modules, unwrap
-from alum_kernels.adversarial.perturbation import attention_mask_of
+from alum_kernels.adversarial.heads import Head, detect_head
+from alum_kernels.adversarial.hooks import PerturbationHooks, device_of, dropout_off, unwrap
+from alum_kernels.adversarial.labels import IGNORED_LABEL, LABEL_KEYS
+from alum_kernels.adversarial.sites import perturbed_sites
 from alum_kernels.ops.checks import check_choice, check_magnitude
 from alum_kernels.ops.noise_init import noise_init
 from alum_kernels.ops.projected_ascent import LEVELS, projected_ascent
@@ -120,7 +121,7 @@ def accuracy_under_attack(
     attack = _Attack(
         model=inner,
         head=chosen,
-        hooks=PerturbationHooks(perturbed_modules(inner, modules)),
+        hooks=PerturbationHooks(perturbed_sites(inner, modules)),
         epsilon=float(epsilon),
         steps=steps,
         step_size=2.5 * epsilon / max(steps, 1) if step_size is None else float(step_size),
@@ -190,7 +191,7 @@ class _Attack:
         correct = counted & (logits.argmax(-1) == labels)
         clean_loss = _cross_entropy_sum(logits, labels)
 
-        masks = [attention_mask_of(batch, embed) for embed in embeds]
+        masks = [site.valid_positions(batch, embed) for site, embed in zip(self.hooks.sites, embeds, strict=True)]
         points = [self._start(*place, sample_offset) for place in zip(range(len(embeds)), embeds, masks, strict=True)]
         robust = correct
         for step in range(self.steps + 1):
