@@ -1,7 +1,7 @@
 """What the quality benchmark makes of its runs: steps at equal time, spreads over seeds, and what helped.
 
-A run is one method, seed and number of steps. It counts at equal steps if it has that number, and at equal time if it has
-the number that its method can afford; for the costliest method, one run is both.
+A run is one method, seed and number of steps. It counts at equal steps if it has that number, and at equal time if it
+has the number that its method can afford; for the costliest method, one run is both.
 """
 
 import json
@@ -59,8 +59,8 @@ def equal_time_steps(steps: int, seconds: Mapping[str, float]) -> dict[str, int]
 def new_results(machine: Mapping[str, Any], settings: Mapping[str, Any]) -> Results:
     """An empty result file.
 
-    ``tasks`` holds, by task, the facts of its data, its ``steps``, the ``calibration`` (timings of a step, by method) and
-    the ``equal_time_steps``; ``runs`` what was trained; ``resumed`` the machine's facts each time it was continued.
+    ``tasks`` holds, by task, the facts of its data, its ``steps``, the ``calibration`` (timings of a step, by method)
+    and the ``equal_time_steps``; ``runs`` what was trained; ``resumed`` the machine's facts each time it was continued.
     """
     return {
         "benchmark": "quality",
@@ -147,9 +147,9 @@ def summary(results: Results) -> list[dict[str, Any]]:
     entries = []
     for task in results["tasks"]:
         for mode in MODES:
-            base = {run["seed"]: run["figures"] for run in runs_of(results, task, mode, STANDARD)} if _has_standard(
-                results, task
-            ) else {}
+            measured = STANDARD in results["tasks"][task]["equal_time_steps"]
+            standard = runs_of(results, task, mode, STANDARD) if measured else []
+            base = {run["seed"]: run["figures"] for run in standard}
             for method in results["tasks"][task]["equal_time_steps"]:
                 runs = runs_of(results, task, mode, method)
                 if runs:
@@ -157,12 +157,13 @@ def summary(results: Results) -> list[dict[str, Any]]:
     return entries
 
 
-def _has_standard(results: Results, task: str) -> bool:
-    return STANDARD in results["tasks"][task]["equal_time_steps"]
-
-
 def _entry(
-    results: Results, task: str, mode: str, method: str, runs: list[dict[str, Any]], base: Mapping[int, dict[str, float]]
+    results: Results,
+    task: str,
+    mode: str,
+    method: str,
+    runs: list[dict[str, Any]],
+    base: Mapping[int, dict[str, float]],
 ) -> dict[str, Any]:
     figures = {}
     for name in runs[0]["figures"]:
@@ -217,6 +218,6 @@ def verdict(results: Results) -> list[str]:
                     f"{task}, {name}, {mode}, {seeds} seeds: "
                     + (f"better than standard: {', '.join(better)}" if better else "nothing is better than standard")
                     + (f"; worse: {', '.join(worse)}" if worse else "")
-                    + "; the rest within its quartiles"
+                    + "; the quartiles of the rest overlap with its"
                 )
     return sentences

@@ -23,7 +23,7 @@ from alum_kernels import AdversarialConfig
 from alum_kernels.evaluation.robustness import accuracy_under_attack
 from examples import corpora, report, training
 from examples.fine_tuning import bundled_model
-from examples.methods import FINE_TUNING, chosen_methods
+from examples.methods import METHODS, chosen_methods, method_config
 
 ATTACK_RADIUS = 5e-3
 ATTACK_STEPS = 3
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--method",
         default=",".join(DEFAULT_METHODS),
-        help=f"comma-separated, of {', '.join(FINE_TUNING)} (default: %(default)s)",
+        help=f"comma-separated, of {', '.join(METHODS)} (default: %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=20, help="fine-tuning steps (default: %(default)s)")
     parser.add_argument(
@@ -140,7 +140,7 @@ def fine_tune(chosen: argparse.Namespace, tokenizer, task: corpora.Classificatio
         model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(task.classes))
         run = training.Run("classification", TITLES.get(method, method))
         runs.append(run)
-        training.train(model, batches, run, FINE_TUNING[method], learning_rate=chosen.learning_rate, device=device)
+        training.train(model, batches, run, method_config(method), learning_rate=chosen.learning_rate, device=device)
         evaluate(model, dev_batches, run)
 
 

@@ -26,7 +26,7 @@ from examples.encoding import dev_set, training_batches
 from examples.fine_tuning import Start, bundled_model, check_methods, evaluate, fine_tune
 from examples.glue_metrics import LABELS
 from examples.glue_tasks import TASKS, Task, TaskData, read_task
-from examples.methods import FINE_TUNING, chosen_methods
+from examples.methods import METHODS, STANDARD, chosen_methods, method_config
 from examples.spread import Spread
 from examples.training import MethodError, Run
 
@@ -60,7 +60,7 @@ class Results:
                     "ms_per_step": Spread.of([run["ms_per_step"] for run in own]).median,
                 }
             )
-        standard = next((entry["ms_per_step"] for entry in entries if entry["method"] == "standard"), None)
+        standard = next((entry["ms_per_step"] for entry in entries if entry["method"] == STANDARD), None)
         for entry in entries:
             entry["of_standard"] = entry["ms_per_step"] / standard if standard else None
         return entries
@@ -105,7 +105,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--method",
         default=DEFAULT_METHODS,
-        help=f"comma-separated, of {', '.join(FINE_TUNING)} (default: %(default)s)",
+        help=f"comma-separated, of {', '.join(METHODS)} (default: %(default)s)",
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default: %(default)s)")
     parser.add_argument("--train-examples", type=int, help="a random part of the training examples (all)")
@@ -143,7 +143,7 @@ def run_method(method: str, seed: int, data: TaskData, tokenizer, dev, start: St
         tokenizer, data, steps=chosen.steps, size=chosen.batch_size, length=chosen.length, seed=seed
     )
     run = Run(data.task.title, f"{method}, seed {seed}")
-    model = fine_tune(data, batches, run, FINE_TUNING[method], start, seed=seed)
+    model = fine_tune(data, batches, run, method_config(method, data.task.freelb), start, seed=seed)
     return {
         "method": method,
         "seed": seed,
@@ -182,7 +182,7 @@ def main(given: list[str] | None = None) -> int:
             f"{chosen.steps} steps of {chosen.batch_size}, {chosen.seeds} seeds, {torch.get_num_threads()} threads, "
             f"device {chosen.device}"
         )
-        check_methods(data, [FINE_TUNING[method] for method in chosen.method], start)
+        check_methods(data, [method_config(method, data.task.freelb) for method in chosen.method], start)
         dev = dev_set(tokenizer, data, size=chosen.batch_size, length=chosen.length)
         for seed in range(chosen.seeds):
             for method in chosen.method:

@@ -43,6 +43,7 @@ class Task:
         hub: data set of the Hugging Face Hub, ``name:configuration``; its texts and labels are ``hub_texts`` and
             ``label``.
         dev_files: names that the development file goes by.
+        freelb: what the constants of FreeLB call the task.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Task:
     hub: str | None = None
     hub_texts: tuple[str, ...] = ()
     dev_files: tuple[str, ...] = ("dev.tsv",)
+    freelb: str | None = None
 
 
 _BINARY = ("0", "1")
@@ -66,23 +68,24 @@ TASKS = {
     for task in (
         Task(
             "cola", "CoLA", CLASSIFICATION, ("matthews", "accuracy"), ("sentence",), "label", _BINARY,
-            columns=("source", "label", "mark", "sentence"), hub="nyu-mll/glue:cola", hub_texts=("sentence",),
+            columns=("source", "label", "mark", "sentence"),
+            freelb="cola", hub="nyu-mll/glue:cola", hub_texts=("sentence",),
         ),
         Task(
             "rte", "RTE", CLASSIFICATION, ("accuracy",), _PAIR, "label", ("entailment", "not_entailment"),
-            hub="nyu-mll/glue:rte", hub_texts=_PAIR,
+            freelb="rte", hub="nyu-mll/glue:rte", hub_texts=_PAIR,
         ),
         Task(
             "mrpc", "MRPC", CLASSIFICATION, ("f1", "accuracy"), ("#1 String", "#2 String"), "Quality", _BINARY,
-            hub="nyu-mll/glue:mrpc", hub_texts=_PAIR,
+            freelb="mrpc", hub="nyu-mll/glue:mrpc", hub_texts=_PAIR,
         ),
         Task(
             "stsb", "STS-B", REGRESSION, ("pearson", "spearman"), _PAIR, "score",
-            hub="nyu-mll/glue:stsb", hub_texts=_PAIR,
+            freelb="sts-b", hub="nyu-mll/glue:stsb", hub_texts=_PAIR,
         ),
         Task(
             "sst2", "SST-2", CLASSIFICATION, ("accuracy",), ("sentence",), "label", _BINARY,
-            hub="nyu-mll/glue:sst2", hub_texts=("sentence",),
+            freelb="sst-2", hub="nyu-mll/glue:sst2", hub_texts=("sentence",),
         ),
         Task(
             "ner", "ncbi-disease", TAGGING, ("entity_f1", "entity_precision", "entity_recall"),

@@ -65,13 +65,18 @@ def training_step(
     model: nn.Module, objective: AdversarialObjective | None, optimizer: torch.optim.Optimizer, batch: Batch
 ) -> Tensor:
     """One batch, from its forward pass to the changed parameters; the task's loss, detached."""
-    optimizer.zero_grad(set_to_none=True)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
     if objective is None:
         loss = model(**batch).loss
         loss.backward()
     else:
-        loss = objective.backward(batch)["task_loss"]
-    optimizer.step()
+        replays = objective.config.backward == "replay"
+        loss = objective.backward(batch, update=update if replays else None)["task_loss"]
+    update()
     return loss.detach()
 
 
@@ -88,7 +93,7 @@ def train(
     """One pass over the batches with AdamW; ``config`` None is standard training. ``run`` is filled as it goes."""
     model.to(device).train()
     objective = adversarial_objective(model, config)
-    optimizer = adamw(model, learning_rate)
+    optimizer = adamw(model, objective, learning_rate)
     warm_up = max(1, int(len(batches) * WARM_UP_SHARE))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (len(batches) - step) / max(1, len(batches) - warm_up))
@@ -99,6 +104,8 @@ def train(
         ) as progress:
             for step, batch in enumerate(progress):
                 placed = {name: tensor.to(device) for name, tensor in batch.items()}
+                if objective is not None:
+                    objective.set_progress(step, len(batches))
                 started = _clock(device)
                 loss = training_step(model, objective, optimizer, placed)
                 run.seconds.append(_clock(device) - started)
@@ -114,8 +121,12 @@ def train(
     return run
 
 
-def adamw(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+def adamw(model: nn.Module, objective: AdversarialObjective | None, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer, which the teacher of a proximal term follows."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    if objective is not None and objective.config.proximal > 0:
+        objective.follow(optimizer)
+    return optimizer
 
 
 def _clock(device: torch.device) -> float:
