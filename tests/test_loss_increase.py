@@ -9,7 +9,13 @@ from tiny_models import BagOfEmbeddings
 from torch.nn import functional
 
 from alum_kernels.backends.reference import noise_init as reference_noise
-from alum_kernels.evaluation import Quartiles, compare_loss_increase, largest_loss_increase, smallest_flipping_radius
+from alum_kernels.evaluation import (
+    Quartiles,
+    compare_loss_increase,
+    compare_reports,
+    largest_loss_increase,
+    smallest_flipping_radius,
+)
 
 OPTIONS = {"modules": ("embed",), "head": "classification"}
 
@@ -198,7 +204,7 @@ def test_quartiles_lie_between_order_statistics(linear):
     wrong = {**batch, "labels": (margins(model, batch) < 0).long() ^ batch["labels"] ^ 1}
     with pytest.raises(ValueError, match=r"^only_correct: no sample"):
         largest_loss_increase(model, [wrong], epsilon=0.1, **OPTIONS).quartiles()
-    with pytest.raises(ValueError, match=r"^batches: expected at least one sample that every model gets right, got no"):
+    with pytest.raises(ValueError, match=r"^reports: expected at least one sample that every model gets right, got no"):
         compare_loss_increase({"a": model}, [wrong], epsilon=0.1, **OPTIONS)
     assert compare_loss_increase({"a": model}, [wrong], epsilon=0.1, only_correct=False, **OPTIONS).samples == 6
 
@@ -238,3 +244,8 @@ def test_bad_arguments_of_the_others_are_named(linear):
     for given in ({}, {"epsilon": 0.1, "max_epsilon": 1.0}):
         with pytest.raises(ValueError, match=r"^epsilon, max_epsilon: expected exactly one of them"):
             compare_loss_increase({"a": model}, [batch], **given)
+    with pytest.raises(ValueError, match=r"^reports: expected at least one report"):
+        compare_reports({})
+    measured = {str(e): largest_loss_increase(model, [batch], epsilon=e, steps=1, **OPTIONS) for e in (0.1, 0.2)}
+    with pytest.raises(ValueError, match=r"^reports: expected the same samples with the same radii"):
+        compare_reports(measured)

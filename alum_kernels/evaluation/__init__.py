@@ -6,6 +6,7 @@ from alum_kernels.evaluation.loss_increase import (
     LossIncreaseComparison,
     Quartiles,
     compare_loss_increase,
+    compare_reports,
     largest_loss_increase,
 )
 from alum_kernels.evaluation.robustness import RobustnessReport, accuracy_under_attack
@@ -20,6 +21,7 @@ __all__ = [
     "SmoothnessReport",
     "accuracy_under_attack",
     "compare_loss_increase",
+    "compare_reports",
     "largest_loss_increase",
     "local_smoothness",
     "smallest_flipping_radius",

@@ -243,11 +243,31 @@ def compare_loss_increase(
     if epsilon is None:
         found = smallest_flipping_radius(next(iter(models.values())), held, max_epsilon=max_epsilon, **options)
         epsilon = found.withstood
-    reports = {name: largest_loss_increase(model, held, epsilon=epsilon, **options) for name, model in models.items()}
+    return compare_reports(
+        {name: largest_loss_increase(model, held, epsilon=epsilon, **options) for name, model in models.items()},
+        only_correct=only_correct,
+    )
+
+
+def compare_reports(reports: Mapping[str, LossIncrease], *, only_correct: bool = True) -> LossIncreaseComparison:
+    """The comparison of models that were measured one by one, on the same samples with the same radii.
+
+    Args:
+        reports: of each model by name.
+        only_correct: as in :func:`compare_loss_increase`.
+
+    Raises:
+        ValueError: no report, reports of different samples or radii, or no sample left to compare.
+    """
+    if not reports:
+        raise ValueError("reports: expected at least one report, got none")
+    first, *others = reports.values()
+    if any(not torch.equal(other.epsilon, first.epsilon) for other in others):
+        raise ValueError("reports: expected the same samples with the same radii in every report")
     shared = torch.stack([report.counted for report in reports.values()]).all(0)
     if only_correct:
         shared = shared & torch.stack([report.correct for report in reports.values()]).all(0)
     if not bool(shared.any()):
         why = "that every model gets right" if only_correct else "with labels"
-        raise ValueError(f"batches: expected at least one sample {why}, got none of {shared.numel()}")
+        raise ValueError(f"reports: expected at least one sample {why}, got none of {shared.numel()}")
     return LossIncreaseComparison(reports, shared)
