@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
-from alum_kernels.adversarial.hooks import PerturbationHooks, RandomState, dropout_off, perturbed_modules, unwrap
+from alum_kernels.adversarial.hooks import PerturbationHooks, RandomState, dropout_off, unwrap
+from alum_kernels.adversarial.sites import Site, perturbed_sites
 
 STILL = AdversarialConfig(std=0.0, step_size=0.0, epsilon=0.0)
 MOVED = AdversarialConfig(std=1e-2, step_size=1e-2, epsilon=2e-2, normalize="sign")
@@ -66,24 +67,13 @@ def test_delta_zero_gives_the_clean_hidden_states_of_a_masked_lm(steps, monkeypa
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_an_encoder_decoder_is_perturbed_at_its_encoder(name):
     model = tiny_models.CLASSIFIERS[name]()
-    modules = perturbed_modules(model)
-    assert list(modules.values()) == [model.get_encoder().embed_tokens]
+    (site,) = perturbed_sites(model)
+    assert site.module is model.get_encoder().embed_tokens
     calls = []
     if model.get_input_embeddings() is not model.get_encoder().embed_tokens:
         model.get_input_embeddings().register_forward_hook(lambda *args: calls.append(args))
         model(**tiny_models.classification_batch())
         assert not calls
-
-
-def test_names_choose_modules_and_wrong_ones_are_named():
-    model = tiny_models.bert()
-    chosen = perturbed_modules(model, ("bert.embeddings.token_type_embeddings",))
-    assert chosen == {"bert.embeddings.token_type_embeddings": model.bert.embeddings.token_type_embeddings}
-    assert perturbed_modules(model) == {"bert.embeddings.word_embeddings": model.bert.embeddings.word_embeddings}
-    with pytest.raises(ValueError, match=r"BertForSequenceClassification has no module named 'bert\.words'"):
-        perturbed_modules(model, ("bert.words",))
-    with pytest.raises(ValueError, match="Linear has no input embeddings to perturb; name the modules in"):
-        perturbed_modules(nn.Linear(2, 2))
 
 
 class Twice(nn.Module):
@@ -160,7 +150,7 @@ def test_between_passes_and_after_removal_the_model_is_its_own():
 
 def test_recording_keeps_a_detached_copy():
     embed = nn.Embedding(9, 4)
-    hooks = PerturbationHooks({"embed": embed})
+    hooks = PerturbationHooks([Site("embed", embed)])
     with hooks.recording() as recorded:
         output = embed(torch.tensor([[1, 2]]))
     assert torch.equal(recorded[0], output)

@@ -50,6 +50,27 @@ def test_every_family_trains_as_through_its_logits(name, options):
     assert logits[0].logits.shape[-1] == tiny_models.VOCABULARY
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("options", [{}, {"positions": "all", "steps": 2}], ids=str)
+def test_an_encoder_decoder_trains_as_through_its_logits(options, tied):
+    """T5 with tied embeddings divides its hidden states before the projection."""
+    model = tiny_models.make("t5", "seq2seq", dtype=torch.float64, tie_word_embeddings=tied, scale_decoder_outputs=tied)
+    batch = tiny_models.batch("seq2seq")
+    batch["decoder_attention_mask"] = (batch["labels"] != -100).long()
+    fused = step(model, MOVED.replace(fused_head=True, **options), batch)
+    assert_same(fused, step(model, MOVED.replace(fused_head=False, **options), batch), tolerance=2e-7)
+
+
+def test_a_bias_that_is_added_to_the_logits_is_refused():
+    """BART's projection is followed by a buffer of a vocabulary's length."""
+    model, batch = tiny_models.make("bart", "seq2seq"), tiny_models.batch("seq2seq")
+    with pytest.warns(UserWarning, match="trained through its logits: it adds final_logits_bias"):
+        found = step(model, MOVED, batch)
+    assert_same(found, step(model, MOVED.replace(fused_head=False), batch), 1e-12)
+    with pytest.raises(ValueError, match=r"^fused_head: .*got BartForConditionalGeneration: it adds final_logits_bias"):
+        AdversarialObjective(model, MOVED.replace(fused_head=True))
+
+
 @pytest.mark.parametrize("name", ["bert", "gemma2", "gpt2"])
 def test_fp32_on_the_kernels(name):
     model, batch = tiny_models.language_model(name), tiny_models.masked_lm_batch()

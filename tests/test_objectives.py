@@ -9,7 +9,6 @@ from tiny_models import BagOfEmbeddings, Gradients
 from torch import Tensor, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective, AdversarialOutput
-from alum_kernels.adversarial.config import PRESETS
 from alum_kernels.adversarial.perturbation import Perturbation
 from alum_kernels.backends.reference import noise_init as reference_noise
 from alum_kernels.backends.reference import projected_ascent as reference_ascent
@@ -86,7 +85,7 @@ def step_by_hand(model: BagOfEmbeddings, batch: dict, config: AdversarialConfig,
     return task_loss(logits, batch) + config.alpha * rows.mean()
 
 
-CASES = {preset: getattr(AdversarialConfig, preset)() for preset in PRESETS}
+CASES = {p: getattr(AdversarialConfig, p)() for p in ("alum_pretraining", "alum_finetuning", "smart", "mtdnn", "r3f")}
 CASES |= {f"steps-{steps}": MOVED.replace(steps=steps) for steps in range(4)}
 CASES |= {
     "l2-sequence": MOVED.replace(norm="l2", normalize="l2", level="sequence", epsilon=0.1, steps=2),

@@ -7,7 +7,7 @@ from tiny_models import Gradients
 from torch import Tensor
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
-from alum_kernels.adversarial.perturbation import Perturbation, attention_mask_of
+from alum_kernels.adversarial.perturbation import Perturbation
 from alum_kernels.backends.reference import noise_init as reference_noise
 
 MOVED = AdversarialConfig(std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf")
@@ -40,18 +40,6 @@ def test_padding_stays_as_it_is_and_every_token_moves(name, steps):
     assert (delta[valid] != 0).any(-1).all()
     if steps:
         assert delta.abs().max() <= 2e-2 * (1 + 1e-5)
-
-
-def test_every_kind_of_mask_and_none():
-    embeds, mask = torch.zeros(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
-    for given in (mask, mask.bool(), mask.float(), mask.to(torch.uint8)):
-        assert torch.equal(attention_mask_of({"attention_mask": given}, embeds) != 0, mask != 0)
-    assert attention_mask_of({"input_ids": mask}, embeds) is None
-    assert attention_mask_of({"attention_mask": None}, embeds) is None
-    both = {"attention_mask": torch.ones(2, 9), "decoder_attention_mask": mask}
-    assert attention_mask_of(both, embeds) is mask
-    with pytest.raises(ValueError, match=r"^attention_mask: expected shape \(2, 3\) .* got \(2, 4\)"):
-        attention_mask_of({"attention_mask": torch.ones(2, 4)}, embeds)
 
 
 def padded(batch: dict, columns: int) -> dict:

@@ -60,7 +60,8 @@ def predicted_labels(logits: torch.Tensor, every: int) -> torch.Tensor:
 
 def multiple_choice():
     model = build(transformers.BertForMultipleChoice, BERT)
-    inputs = {"input_ids": torch.randint(3, VOCABULARY, (4, 3, 6), generator=torch.Generator().manual_seed(0))}
+    batch = tiny_models.choice_batch()
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
     with torch.no_grad():
         logits = model.eval()(**inputs).logits.double()
     labels = predicted_labels(logits, 3)
@@ -184,6 +185,18 @@ def test_every_sample_has_its_own_noise_and_radius_however_cut(name):
     assert whole.increase[0] == 0
     assert (whole.increase[1:] > 0).all()
     torch.testing.assert_close(cut.largest_loss, whole.largest_loss, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_of_choices_stays_as_it_is():
+    model, batch, *_ = CASES["multiple_choice"]()
+    assert (batch["attention_mask"] == 0).any()
+    report = local_smoothness(model, [batch], epsilon=0.5, steps=2)
+    filled = {**batch, "input_ids": torch.where(batch["attention_mask"] == 0, 5, batch["input_ids"])}
+    torch.testing.assert_close(local_smoothness(model, [filled], epsilon=0.5, steps=2).ascended, report.ascended)
+    longer = {key: functional.pad(value, (0, 2)) if value.dim() == 3 else value for key, value in batch.items()}
+    torch.testing.assert_close(
+        local_smoothness(model, [longer], epsilon=0.5, steps=2).ascended, report.ascended, rtol=1e-4, atol=0
+    )
 
 
 def test_an_end_that_is_not_counted_leaves_the_other():

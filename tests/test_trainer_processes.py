@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tiny_models
 import torch
-from tiny_trainer import CLASSIFICATION, MASKED_LM, trainer_of
+from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, ON_THE_WAY, trainer_of
 from torch import nn
 
 
@@ -31,13 +31,14 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 import tiny_trainer as t
-for task, model, samples, average in (
-    ("classification", t.tiny_models.bert, t.CLASSIFICATION, True),
-    ("classification", t.tiny_models.bert, t.CLASSIFICATION, False),
-    ("masked_lm", t.tiny_models.bert_masked_lm, t.MASKED_LM, True),
+for task, model, samples, config, average in (
+    ("classification", t.tiny_models.bert, t.CLASSIFICATION, t.MOVED, True),
+    ("classification", t.tiny_models.bert, t.CLASSIFICATION, t.MOVED, False),
+    ("freelb", t.tiny_models.bert, t.CLASSIFICATION, t.ON_THE_WAY, True),
+    ("masked_lm", t.tiny_models.bert_masked_lm, t.MASKED_LM, t.MOVED, True),
 ):
     trainer, gradients = t.trainer_of(
-        model().double(), Path({folder!r}), samples, per_device_train_batch_size=2,
+        model().double(), Path({folder!r}), samples, config, per_device_train_batch_size=2,
         gradient_accumulation_steps=2, average_tokens_across_devices=average, ddp_backend="gloo",
     )
     assert trainer.accelerator.num_processes == 2
@@ -57,11 +58,12 @@ def free_port() -> int:
 def test_two_processes_give_the_gradient_of_one(tmp_path):
     """Whether the Trainer counts items over all processes or in each; with and without logits."""
     expected = {}
-    for task, model, samples in (
-        ("classification", tiny_models.bert, CLASSIFICATION),
-        ("masked_lm", tiny_models.bert_masked_lm, MASKED_LM),
+    for task, model, samples, config in (
+        ("classification", tiny_models.bert, CLASSIFICATION, MOVED),
+        ("freelb", tiny_models.bert, CLASSIFICATION, ON_THE_WAY),
+        ("masked_lm", tiny_models.bert_masked_lm, MASKED_LM, MOVED),
     ):
-        trainer, gradients = trainer_of(model().double(), tmp_path, samples)
+        trainer, gradients = trainer_of(model().double(), tmp_path, samples, config)
         trainer.train()
         expected[task] = gradients[0]
     code = PROCESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
@@ -80,7 +82,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
-    for task, average in (("classification", True), ("classification", False), ("masked_lm", True)):
+    for task, average in (("classification", True), ("classification", False), ("freelb", True), ("masked_lm", True)):
         gradient = torch.load(tmp_path / f"{task}-{average}.pt")
         torch.testing.assert_close(gradient, expected[task], rtol=1e-8, atol=1e-12)
 

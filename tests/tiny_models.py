@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from tiny_families import FAMILIES, FAMILIES_OF, HEAD_OF, LABELS, PADDING, TASKS, VOCABULARY
 from torch import Tensor, nn
 
-VOCABULARY = 48
-PADDING = 1
-LABELS = 3
+__all__ = ["FAMILIES", "FAMILIES_OF", "HEAD_OF", "LABELS", "PADDING", "VOCABULARY"]
 
 _BERT = {
     "vocab_size": VOCABULARY,
@@ -233,3 +232,85 @@ def bert_pretraining(*, seed: int = 0) -> nn.Module:
 
 def pretraining_batch(samples: int = 4, length: int = 7) -> dict[str, Tensor]:
     return {**masked_lm_batch(samples, length), "next_sentence_label": torch.arange(samples) % 2}
+
+
+def make(
+    family: str, task: str, dropout: float = 0.0, dtype: torch.dtype | None = None, *, seed: int = 0, **options
+) -> nn.Module:
+    """A model of ``FAMILIES_OF[task]`` in training mode, with one dropout everywhere; ``options`` are its config's."""
+    chosen = FAMILIES[family]
+    kind = getattr(transformers, chosen.classes.get(task, chosen.prefix + TASKS[task]))
+    options = {"num_labels": {"regression": 1, "spans": 2}.get(task, LABELS), **chosen.options, **options}
+    config = kind.config_class(**options)
+    for name, value in config.to_dict().items():
+        if "drop" in name and "layerdrop" not in name and isinstance(value, float):
+            setattr(config, name, dropout)
+    torch.manual_seed(seed)
+    model = kind(config).to(torch.get_default_dtype() if dtype is None else dtype).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # some heads have one of which the configuration knows nothing
+            module.p = dropout
+    return model
+
+
+def batch(task: str, samples: int = 4, length: int = 7, *, seed: int = 0) -> dict[str, Tensor]:
+    """A batch of a task with padding, and with ignored labels where the task may have some."""
+    builders = {
+        "classification": classification_batch,
+        "choice": choice_batch,
+        "token_labels": token_labels_batch,
+        "spans": spans_batch,
+        "masked_lm": masked_lm_batch,
+        "causal_lm": causal_lm_batch,
+        "seq2seq": seq2seq_batch,
+    }
+    return regression_batch(samples, length) if task == "regression" else builders[task](samples, length, seed=seed)
+
+
+def choice_batch(samples: int = 4, length: int = 7, *, choices: int = 3, seed: int = 0) -> dict[str, Tensor]:
+    """(samples, choices, length): the choices of a sample have different lengths."""
+    flat = tokens(samples * choices, length, seed=seed)
+    by_sample = {name: value.unflatten(0, (samples, choices)) for name, value in flat.items()}
+    return {**by_sample, "labels": torch.arange(samples) % choices}
+
+
+def token_labels_batch(samples: int = 4, length: int = 7, *, seed: int = 0) -> dict[str, Tensor]:
+    """Every token but the first and the last two of a sample has a label."""
+    inputs = tokens(samples, length, seed=seed)
+    position = torch.arange(length)
+    labelled = (position > 0) & (position < inputs["attention_mask"].sum(1, keepdim=True) - 2)
+    return {**inputs, "labels": torch.where(labelled, inputs["input_ids"] % LABELS, -100)}
+
+
+def spans_batch(samples: int = 4, length: int = 7, *, seed: int = 0) -> dict[str, Tensor]:
+    """The second sample has no answer (position 0), the answer of the third one lies outside of its sequence."""
+    start = torch.arange(samples) % 3
+    start[1:2], start[2:3] = 0, 1000
+    end = start + torch.arange(samples) % 2
+    end[1:2] = 0
+    return {**tokens(samples, length, seed=seed), "start_positions": start, "end_positions": end}
+
+
+def causal_lm_batch(samples: int = 4, length: int = 7, *, seed: int = 0) -> dict[str, Tensor]:
+    """The first token of a sample and its padding have no label."""
+    inputs = tokens(samples, length, seed=seed)
+    labels = torch.where(inputs["attention_mask"] == 1, inputs["input_ids"], -100)
+    labels[:, 0] = -100
+    return {**inputs, "labels": labels}
+
+
+def seq2seq_batch(samples: int = 4, length: int = 7, *, targets: int = 5, seed: int = 0) -> dict[str, Tensor]:
+    """Targets of their own lengths, padded with ignored labels."""
+    target = tokens(samples, targets, seed=seed + 1)
+    order = torch.arange(samples).flip(0)
+    labels = torch.where(target["attention_mask"] == 1, target["input_ids"], -100)[order]
+    return {**tokens(samples, length, seed=seed), "labels": labels}
+
+
+def with_more_padding(batch: dict[str, Tensor], more: int = 2) -> dict[str, Tensor]:
+    """The same batch with ``more`` positions of padding at the end of every sequence."""
+    values = {"input_ids": PADDING, "attention_mask": 0, "labels": -100}
+    return {
+        name: nn.functional.pad(value, (0, more), value=values[name]) if name in values and value.dim() > 1 else value
+        for name, value in batch.items()
+    }

@@ -1,4 +1,4 @@
-"""What an adversarial step does: a frozen, validated set of numbers and words, with the published ones as presets."""
+"""What an adversarial step does: a frozen, validated set of numbers and words. Published ones are in ``presets``."""
 
 import dataclasses
 import json
@@ -6,54 +6,102 @@ from dataclasses import dataclass
 from typing import Any
 
 from alum_kernels.adversarial.heads import POSITIONS
+from alum_kernels.adversarial.presets import PRESETS, Presets
+from alum_kernels.adversarial.schedule import Points, check_points, check_start
 from alum_kernels.ops.checks import DISTRIBUTIONS, check_choice, check_magnitude
 from alum_kernels.ops.dispatch import BACKENDS
 from alum_kernels.ops.projected_ascent import LEVELS, NORMALIZE, NORMS
 from alum_kernels.ops.symmetric_kl import DIVERGENCES, GRADIENTS
 
+__all__ = ["PRESETS", "AdversarialConfig"]
+
+ASCENTS = ("divergence", "task")
+UPDATES = ("add", "replace")
+BACKWARDS = ("final", "accumulate", "replay")
+NOISE_LEVELS = ("element", "group")
+UNITS = ("absolute", "rms", "std")
+SITES = ("embeddings", "embedding_norm", "embedding_norm_input")
+SIDES = ("encoder", "decoder", "both")
 DROPOUT = ("shared", "independent", "off")
 
 _CHOICES = {
+    "ascent": ASCENTS,
+    "update": UPDATES,
+    "backward": BACKWARDS,
+    "noise_level": NOISE_LEVELS,
+    "units": UNITS,
+    "site": SITES,
+    "side": SIDES,
     "distribution": DISTRIBUTIONS,
     "norm": NORMS,
     "normalize": NORMALIZE,
-    "level": LEVELS,
+    "level": (*LEVELS, "sample"),
     "divergence": DIVERGENCES,
     "ascent_divergence": DIVERGENCES,
     "gradient": GRADIENTS,
     "dropout": DROPOUT,
     "positions": POSITIONS,
 }
-_MAGNITUDES = ("alpha", "std", "step_size", "epsilon")
-_COUNTS = ("steps", "signal_check_interval", "seed")
+_MAGNITUDES = ("alpha", "clean_weight", "adversarial_weight", "std", "step_size", "epsilon", "proximal")
+_COUNTS = ("steps", "inner_steps", "proximal_interval", "signal_check_interval", "seed")
 
 
 @dataclass(frozen=True)
-class AdversarialConfig:
-    """One adversarial regulariser: ``loss = task loss + alpha * divergence(adversarial, clean)``.
+class AdversarialConfig(Presets):
+    """What a training step adds to the task's loss L, around the clean embeddings e:
 
-    Magnitudes are absolute, in units of the embeddings. The classmethods are the published settings.
+    loss = clean_weight L(e) + adversarial_weight L(e + delta) + alpha D(f(e + delta), f(e)) + proximal D(f(e), teacher)
+
+    with delta = Pi(delta + step_size normalise(gradient)), ``steps`` times from noise. The classmethods are the
+    published settings.
 
     Attributes:
         method: name for logs and reports; it selects nothing.
-        alpha: weight of the divergence.
-        steps: ascent steps K; 0 compares with the noise alone.
+        alpha: weight of the divergence D.
+        clean_weight, adversarial_weight: weights of the task's loss at e and at e + delta.
+        ascent: what the ascent climbs: ``"divergence"`` from the clean prediction, or ``"task"``, the task's loss.
+        steps: ascent steps K; 0 takes the noise alone.
+        update: ``"add"`` steps go on from the last perturbation; ``"replace"`` keeps their direction only (power
+            iteration): all but the last have the length of the first noise, the last has ``step_size``.
+        backward: which passes train the model: ``"final"`` the one at the last perturbation; ``"accumulate"`` each
+            of the K + 1 passes of the ascent, with 1/(K + 1) of its weight; ``"replay"`` each of them, with an update
+            of the parameters after each. The latter two train on the task's loss at e + delta alone.
+        inner_steps, first_layer: with ``"accumulate"``: each ascent is so many steps through the model up to the output
+            of this module (None: the first transformer layer), along one gradient of the loss to that output. 0 goes
+            through the whole model.
         std, distribution: of the first perturbation (standard deviation, or half-width of the uniform one).
+        noise_level: ``"element"``: ``std`` is of an element; ``"group"``: of n elements together, each has std/sqrt(n).
         step_size, epsilon: length of an ascent step and radius of the ball.
-        norm, normalize, level: as in :func:`alum_kernels.projected_ascent`.
-        divergence: what the model is trained on; ``"symmetric_kl"``, ``"kl"`` or ``"js"``. Regression heads always use
-            the squared error.
+        norm, normalize, level: as in :func:`alum_kernels.projected_ascent`; ``level="sample"`` takes the choices of a
+            multiple-choice sample as one group, and is a sequence elsewhere.
+        units: of ``std``, ``step_size`` and ``epsilon``: ``"absolute"`` in those of the embeddings; ``"rms"`` relative
+            to the root mean square of a group's elements, and for l2 lengths to the group's norm; ``"std"`` the same
+            about the mean of each token, which is what a layer norm divides by.
+        site: what is perturbed: the ``"embeddings"``, the output of the ``"embedding_norm"``, or its input
+            (``"embedding_norm_input"``).
+        side: of an encoder-decoder.
+        modules: names of the modules to perturb, as in ``model.named_modules()``, instead of ``site`` and ``side``.
+        excluded_tokens: token ids whose positions are never perturbed, such as ``tokenizer.all_special_ids``.
+        detach_embeddings: the perturbed passes do not train what lies before the perturbed module's output.
+        divergence: what the model is trained on; ``"symmetric_kl"``, ``"kl"``, ``"js"`` or ``"squared_hellinger"``.
+            Regression heads always use the squared error.
         ascent_divergence: what the ascent climbs.
         gradient: convention of the training divergence, as in :func:`alum_kernels.symmetric_kl`.
         temperature: of both divergences.
+        proximal: weight mu of the Bregman proximal term, the divergence of the clean prediction from that of a teacher.
+        proximal_momentum: beta of the teacher, beta teacher + (1 - beta) model; 0 makes it the model as it was. A
+            number, or ``(share of training, beta)`` points.
+        proximal_interval: optimizer steps S between two updates of the teacher.
+        start: the adversary begins here, the standard objective comes before: an optimizer step (int), or a share of
+            the training (float).
+        alpha_schedule, epsilon_schedule: ``(share of training, factor)`` points, joined by straight lines; two points
+            at one share are a jump. Factors of ``alpha``, and of ``epsilon``, ``std`` and ``step_size`` together.
         dropout: ``"shared"`` uses the same masks in every pass of a step, ``"independent"`` draws new ones,
             ``"off"`` runs every pass of the step without dropout.
-        positions: of a language model, ``"labelled"`` compares the positions that predict a label, ``"all"`` those that
-            the attention mask keeps.
+        positions: of a language model or token labels, ``"labelled"`` compares the positions that have a label,
+            ``"all"`` those that the attention mask keeps.
         fused_head: True demands that a language model is trained without its logits, on its hidden states, and raises
             where it cannot be; False forms the logits; None forms them only where it must, and warns why.
-        modules: names of the perturbed modules, as in ``model.named_modules()``; empty means the input embeddings
-            (of an encoder-decoder: the encoder's).
         backend: of the ops; None picks the fastest that can serve.
         seed: of the noise; every rank uses the same.
         telemetry: collect the figures of :class:`alum_kernels.adversarial.telemetry.Telemetry`.
@@ -63,22 +111,41 @@ class AdversarialConfig:
 
     method: str = "alum"
     alpha: float = 1.0
+    clean_weight: float = 1.0
+    adversarial_weight: float = 0.0
+    ascent: str = "divergence"
     steps: int = 1
+    update: str = "add"
+    backward: str = "final"
+    inner_steps: int = 0
+    first_layer: str | None = None
     std: float = 1e-5
     distribution: str = "normal"
+    noise_level: str = "element"
     step_size: float = 1e-3
     epsilon: float = 1e-5
     norm: str = "linf"
     normalize: str = "none"
     level: str = "token"
+    units: str = "absolute"
+    site: str = "embeddings"
+    side: str = "encoder"
+    modules: tuple[str, ...] = ()
+    excluded_tokens: tuple[int, ...] = ()
+    detach_embeddings: bool = False
     divergence: str = "symmetric_kl"
     ascent_divergence: str = "symmetric_kl"
     gradient: str = "full"
     temperature: float = 1.0
+    proximal: float = 0.0
+    proximal_momentum: float | Points = 0.0
+    proximal_interval: int = 1
+    start: int | float = 0
+    alpha_schedule: Points = ()
+    epsilon_schedule: Points = ()
     dropout: str = "shared"
     positions: str = "labelled"
     fused_head: bool | None = None
-    modules: tuple[str, ...] = ()
     backend: str | None = None
     seed: int = 0
     telemetry: bool = True
@@ -101,9 +168,78 @@ class AdversarialConfig:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
         if self.fused_head is not None and not isinstance(self.fused_head, bool):
             raise TypeError(f"fused_head: expected True, False or None, got {self.fused_head!r}")
+        for name in ("detach_embeddings", "telemetry"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if isinstance(self.modules, str):
             raise TypeError("modules: expected a sequence of module names, got one string")
-        object.__setattr__(self, "modules", tuple(self.modules))
+        for name in ("modules", "excluded_tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("alpha_schedule", "epsilon_schedule"):
+            object.__setattr__(self, name, check_points(name, getattr(self, name)))
+        check_start("start", self.start)
+        self._check_momentum()
+        if self.proximal_interval == 0:
+            raise ValueError("proximal_interval: expected a number >= 1, got 0")
+        self._check_combination()
+
+        for token in self.excluded_tokens:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise TypeError(f"excluded_tokens: expected token ids, got {token!r}")
+
+    def _check_momentum(self) -> None:
+        momentum = self.proximal_momentum
+        number = isinstance(momentum, int | float) and not isinstance(momentum, bool)
+        points = check_points("proximal_momentum", ((0.0, momentum),) if number else momentum)
+        if any(value > 1 for _, value in points):
+            raise ValueError(f"proximal_momentum: expected numbers from 0 to 1, got {momentum!r}")
+        if not number:
+            object.__setattr__(self, "proximal_momentum", points)
+
+    def _check_combination(self) -> None:
+        """Refuse what no step could do."""
+        if not (self.alpha or self.clean_weight or self.adversarial_weight):
+            raise ValueError(
+                "alpha, clean_weight, adversarial_weight: expected one of them > 0, nothing would be trained"
+            )
+        if self.backward != "final":
+            if self.alpha or self.clean_weight or self.proximal or self.ascent != "task":
+                raise ValueError(
+                    f"backward: {self.backward!r} trains on the task's loss at the perturbed point alone, so expected "
+                    "alpha, clean_weight and proximal 0 and ascent 'task'"
+                )
+            if self.normalize == "none":
+                raise ValueError(
+                    f"normalize: expected 'linf', 'l2' or 'sign' with backward={self.backward!r}, whose gradients "
+                    "carry the trainer's loss scale"
+                )
+        if self.backward == "replay" and self.adversarial_weight == 0:
+            raise ValueError("adversarial_weight: expected a number > 0 with backward='replay', got 0")
+        if self.first_layer is not None and self.inner_steps == 0:
+            raise ValueError(f"first_layer: expected None without inner_steps, got {self.first_layer!r}")
+        if self.inner_steps and self.backward != "accumulate":
+            raise ValueError(f"inner_steps: expected 0 unless backward is 'accumulate', got {self.inner_steps}")
+        if self.signal_check_interval and not self.alpha:
+            raise ValueError("signal_check_interval: expected 0 where alpha is 0, there is no divergence to check")
+        if self.modules and (self.site != "embeddings" or self.side != "encoder"):
+            raise ValueError(
+                "modules: expected () with a site or a side other than the default, which name modules too"
+            )
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether a step has a perturbed pass."""
+        return self.alpha > 0 or self.adversarial_weight > 0
+
+    @property
+    def compares(self) -> bool:
+        """Whether predictions are compared, so that a head is needed."""
+        return self.alpha > 0 or self.proximal > 0 or (self.adversarial_weight > 0 and self.climbs_divergence)
+
+    @property
+    def climbs_divergence(self) -> bool:
+        """Whether the ascent needs the clean prediction."""
+        return self.steps > 0 and self.ascent == "divergence"
 
     def replace(self, **changes: Any) -> "AdversarialConfig":
         """A copy with some fields changed, validated again."""
@@ -112,7 +248,7 @@ class AdversarialConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists; :meth:`from_dict` reads them back."""
-        return {**dataclasses.asdict(self), "modules": list(self.modules)}
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "AdversarialConfig":
@@ -130,69 +266,13 @@ class AdversarialConfig:
             raise ValueError(f"AdversarialConfig: expected a JSON object, got {type(fields).__name__}")
         return cls.from_dict(fields)
 
-    @classmethod
-    def alum_pretraining(cls, **changes: Any) -> "AdversarialConfig":
-        """ALUM for (continual) pre-training: alpha 10, sigma = epsilon = 1e-5, eta = 1e-3, K = 1, raw gradient, clip.
-
-        With these published constants the ascent barely moves delta: the gradient of the divergence at 1e-5 is so small
-        that eta times it is about 1e-6 of delta's own length on a pretrained six-layer model, and the clip halves the
-        divergence. The telemetry's ascent gain shows it. ``normalize="linf"`` or ``"sign"`` climbs.
-
-        Source: Liu et al., arXiv:2004.08994, Algorithm 1 and section 4.1.
-        """
-        return cls(method="alum_pretraining", alpha=10.0).replace(**changes)
-
-    @classmethod
-    def alum_finetuning(cls, **changes: Any) -> "AdversarialConfig":
-        """ALUM for fine-tuning: as :meth:`alum_pretraining` with alpha 1, and as barely moving.
-
-        Source: Liu et al., arXiv:2004.08994, Algorithm 1 and section 4.1.
-        """
-        return cls(method="alum_finetuning", alpha=1.0).replace(**changes)
-
-    @classmethod
-    def smart(cls, **changes: Any) -> "AdversarialConfig":
-        """SMART's smoothness-inducing regulariser: g / max|g| per sequence, epsilon = sigma = 1e-5, eta = 1e-3.
-
-        The Bregman proximal half of SMART is not part of this preset.
-
-        Source: Jiang et al., arXiv:1911.03437, equation 3, Algorithm 1 and section 4.1 (lambda 1).
-        """
-        return cls(method="smart", normalize="linf", level="sequence").replace(**changes)
-
-    @classmethod
-    def mtdnn(cls, **changes: Any) -> "AdversarialConfig":
-        """What the official ALUM and SMART code computes, for people who reproduce it.
-
-        The raw gradient step is followed by a rescaling of every token's delta to an infinity norm near 1 (not by a
-        clip to 1e-5), the ascent climbs the one-sided KL, training detaches the targets and dropout is independent in
-        every pass.
-
-        Source: the SmartPerturbation class of https://github.com/namisan/mt-dnn (mt_dnn/perturbation.py).
-        """
-        return cls(
-            method="mtdnn",
-            norm="linf_rescale",
-            ascent_divergence="kl",
-            gradient="detach_targets",
-            dropout="independent",
-        ).replace(**changes)
-
-    @classmethod
-    def r3f(cls, **changes: Any) -> "AdversarialConfig":
-        """R3F: noise only, no ascent; the control in every comparison of adversaries.
-
-        Source: Aghajanyan et al., arXiv:2008.03156, equation 3 (normal noise, sigma 1e-5, lambda 1).
-        """
-        return cls(method="r3f", steps=0, step_size=0.0, norm="none").replace(**changes)
-
-
-PRESETS = ("alum_pretraining", "alum_finetuning", "smart", "mtdnn", "r3f")
-"""Names of the classmethods of :class:`AdversarialConfig`."""
-
 
 def _check_fields(fields: dict[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(AdversarialConfig)]
     unknown = sorted(set(fields) - set(known))
     if unknown:
         raise ValueError(f"AdversarialConfig: unknown fields {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value

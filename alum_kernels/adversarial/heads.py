@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels.adversarial.hooks import unwrap
+from alum_kernels.adversarial.labels import IGNORED_LABEL, LABEL_KEYS
 from alum_kernels.adversarial.positions import continued_positions, visible_positions
 from alum_kernels.ops.checks import check_choice
 from alum_kernels.ops.squared_error import squared_error
@@ -32,27 +33,11 @@ _POSITION_HEADS = (*TOKEN_HEADS, "token_classification")
 
 POSITIONS = ("labelled", "all")
 
-LABEL_KEYS = (
-    "labels",
-    "label",
-    "label_ids",
-    "shift_labels",
-    "next_sentence_label",
-    "start_positions",
-    "end_positions",
-    "is_impossible",
-    "cls_index",
-    "num_items_in_batch",
-)
-"""Entries of a batch that only the task's loss reads; the perturbed passes go without them."""
-
 _LABEL_OF_FIELD = {
     "seq_relationship_logits": "next_sentence_label",
     "start_logits": "start_positions",
     "end_logits": "end_positions",
 }
-
-IGNORED_LABEL = -100
 
 _DIVERGENCES = {"symmetric_kl": symmetric_kl, "kl": kl, "js": js}
 
@@ -126,6 +111,8 @@ class Head:
             found = outputs.get(self.field)
         else:
             found = getattr(outputs, self.field, None)
+        if isinstance(found, Tensor) and self.name == "regression" and found.dim() == 1:
+            found = found.unsqueeze(1)  # DeBERTa drops the dimension, but only in a pass that is given labels
         if not isinstance(found, Tensor):
             raise TypeError(f"model: expected a tensor or an output with {self.field!r}, got {type(outputs).__name__}")
         expected = 3 if self.name in _POSITION_HEADS else 2
@@ -225,6 +212,7 @@ class Head:
         """Mean (or sum) over the compared rows, differentiable."""
         if self.name == "regression":
             convention = "detach_clean" if gradient == "detach_clean" else "full"
+            adv_logits, logits = _same_dtype(adv_logits, logits)
             return squared_error(adv_logits, logits, mask=mask, gradient=convention, reduction=reduction)
         return _DIVERGENCES[divergence](
             adv_logits,
@@ -262,9 +250,15 @@ class Head:
             )
         with torch.enable_grad():
             leaf = adv_logits.detach().requires_grad_()
-            total = squared_error(leaf, logits.detach(), mask=mask, reduction="sum")
+            total = squared_error(*_same_dtype(leaf, logits.detach()), mask=mask, reduction="sum")
         (grad,) = torch.autograd.grad(total * grad_scale, leaf)
         return total.detach(), grad
+
+
+def _same_dtype(adv_logits: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider dtype: DeBERTa returns predictions in that of the labels where it is given some."""
+    wider = torch.promote_types(adv_logits.dtype, logits.dtype)
+    return adv_logits.to(wider), logits.to(wider)
 
 
 def _answers(positions: Tensor, batch: Mapping[str, Any]) -> Tensor:

@@ -1,16 +1,18 @@
-"""Where a model is perturbed: forward hooks on the embeddings, inert outside the passes of a step.
+"""How a model is perturbed: forward hooks at its sites, inert outside the passes of a step.
 
-The hooks are installed once, before anybody compiles the model. A pass runs inside ``recording`` (the output is kept
-and stays as it is) or ``replacing`` (the output is replaced); outside of both the hooks do nothing.
+The hooks are installed once, before anybody compiles the model. A pass runs inside ``recording`` (the tensor at each
+site is kept and stays as it is) or ``replacing`` (it is replaced); outside of both the hooks do nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from alum_kernels.adversarial.sites import Site
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -29,47 +31,20 @@ def device_of(model: nn.Module) -> torch.device:
     raise ValueError(f"model: expected parameters, {type(model).__name__} has none")
 
 
-def perturbed_modules(model: nn.Module, names: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """The modules to perturb, by name.
-
-    Args:
-        model: the model, unwrapped.
-        names: as in ``model.named_modules()``; empty means the input embeddings. Those of an encoder-decoder are its
-            encoder's ``embed_tokens``: on T5 and BART ``get_input_embeddings()`` is a module that is never called.
-
-    Raises:
-        ValueError: a name that does not exist, or a model without input embeddings.
-    """
-    everything = dict(model.named_modules(remove_duplicate=False))
-    if names:
-        for name in names:
-            if name not in everything:
-                raise ValueError(f"modules: {type(model).__name__} has no module named {name!r}")
-        return {name: everything[name] for name in names}
-    found = None
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        found = getattr(model.get_encoder(), "embed_tokens", None)
-    elif callable(getattr(model, "get_input_embeddings", None)):
-        found = model.get_input_embeddings()
-    if found is None:
-        raise ValueError(
-            f"model: {type(model).__name__} has no input embeddings to perturb; "
-            "name the modules in AdversarialConfig(modules=(...))"
-        )
-    named = [name for name, module in everything.items() if module is found]
-    return {named[-1] if named else "input embeddings": found}
-
-
 class PerturbationHooks:
-    """Forward hooks on the perturbed modules of one model."""
+    """Forward hooks at the perturbed sites of one model."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.names = tuple(modules)
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = tuple(sites)
+        self.names = tuple(site.name for site in sites)
         self._replace: Callable[[int, Tensor], Tensor | None] | None = None
         self._used = False
-        self._calls = [0] * len(self.names)
+        self._calls = [0] * len(self.sites)
         self._handles = [
-            module.register_forward_hook(partial(self._hook, index)) for index, module in enumerate(modules.values())
+            site.module.register_forward_pre_hook(partial(self._on_input, index))
+            if site.on_input
+            else site.module.register_forward_hook(partial(self._on_output, index))
+            for index, site in enumerate(self.sites)
         ]
 
     def remove(self) -> None:
@@ -77,7 +52,14 @@ class PerturbationHooks:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+    def _on_output(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        return self._replaced(index, output)
+
+    def _on_input(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        replaced = self._replaced(index, args[0] if args else None)
+        return None if replaced is None else (replaced, *args[1:])
+
+    def _replaced(self, index: int, tensor: Any) -> Tensor | None:
         if self._replace is None:
             if self._used and torch._C._current_graph_task_id() != -1:
                 raise RuntimeError(
@@ -85,15 +67,16 @@ class PerturbationHooks:
                     "recomputed without the perturbation; name modules outside in AdversarialConfig(modules=(...))"
                 )
             return None
-        if not isinstance(output, Tensor) or output.dim() != 3 or not output.is_floating_point():
-            came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise TypeError(f"{self.names[index]}: expected a floating-point (B, S, H) output to perturb, got {came}")
+        if not isinstance(tensor, Tensor) or tensor.dim() != 3 or not tensor.is_floating_point():
+            came = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            end = "input" if self.sites[index].on_input else "output"
+            raise TypeError(f"{self.names[index]}: expected a floating-point (B, S, H) {end} to perturb, got {came}")
         self._calls[index] += 1
-        return self._replace(index, output)
+        return self._replace(index, tensor)
 
     @contextmanager
     def replacing(self, replace: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-        """Within the context, ``replace(index, output)`` takes the place of each module's output (None keeps it)."""
+        """Within the context, ``replace(index, tensor)`` takes the place of the tensor at each site (None keeps it)."""
         self._replace = replace
         self._used = True
         self._calls = [0] * len(self.names)
@@ -104,18 +87,22 @@ class PerturbationHooks:
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
-        """Within the context outputs stay as they are; the list receives a detached copy of each module's.
+        """Within the context tensors stay as they are; the list receives a detached copy of that at each site.
 
         Raises:
             RuntimeError: at the end of the context, if a module did not run exactly once.
         """
         recorded: list[Tensor] = [torch.empty(0)] * len(self.names)
 
-        def keep(index: int, output: Tensor) -> None:
-            recorded[index] = output.detach().clone()
+        def keep(index: int, tensor: Tensor) -> None:
+            recorded[index] = tensor.detach().clone()
 
         with self.replacing(keep):
             yield recorded
+        self.check_calls()
+
+    def check_calls(self) -> None:
+        """Raises RuntimeError, naming the module, unless each ran exactly once in the last pass."""
         for name, calls in zip(self.names, self._calls, strict=True):
             if calls != 1:
                 raise RuntimeError(

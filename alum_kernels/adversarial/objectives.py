@@ -1,58 +1,42 @@
 """One adversarial training step around an unchanged model.
 
-    clean pass        the task's loss and logits; each perturbed module's output e is kept
-    ascent, K times   x = e + delta as a leaf; g = d divergence / d x alone, no parameter gradient
-    final pass        e + Pi(delta + step normalise(g)) inside the model, so that e's gradient reaches the embeddings
-    loss              task loss + alpha divergence(final prediction, clean prediction)
-
-A language model's predictions are compared without its logits where its head allows it (``linear_head.py``).
-
-Clean and adversarial branches meet in one loss and one backward. With K = 1, delta_0 is never stored: the ascent draws
-it again from the seed.
+What a step runs is in ``steps.py``; here are its loss, its seeds and its state. A language model's predictions are
+compared without its logits where its head allows it (``linear_head.py``).
 """
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.first_layer import FirstLayer
 from alum_kernels.adversarial.heads import Head, detect_head
-from alum_kernels.adversarial.hooks import (
-    PerturbationHooks,
-    RandomState,
-    device_of,
-    dropout_off,
-    perturbed_modules,
-    unwrap,
-)
+from alum_kernels.adversarial.hooks import PerturbationHooks, RandomState, device_of, dropout_off, unwrap
 from alum_kernels.adversarial.linear_head import LinearHead, find_linear_head
 from alum_kernels.adversarial.passes import (
     LinearPasses,
     LogitPasses,
-    Passes,
     loss_of,
     one_sample,
     refusal,
     without_labels,
 )
 from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
-from alum_kernels.adversarial.predictions import (
-    Prediction,
-    divergence_sum,
-    mean_divergences,
-    sum_and_gradients,
-)
+from alum_kernels.adversarial.proximal import BregmanProximal
+from alum_kernels.adversarial.schedule import Progress
+from alum_kernels.adversarial.sites import perturbed_sites
+from alum_kernels.adversarial.steps import Step, StepResult, TaskPass, train_at_the_end, train_on_the_way
 from alum_kernels.adversarial.telemetry import Telemetry
 from alum_kernels.ops.linear_arguments import LINEAR_DIVERGENCES
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
-CleanPass = Callable[[], tuple[Tensor, Any]]
+RunTask = Callable[[], tuple[Tensor, Any]]
+Backward = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -60,20 +44,25 @@ class AdversarialOutput:
     """What a step's passes gave.
 
     Attributes:
-        loss: task loss + alpha * divergence, to be differentiated.
-        task_loss: the task's own, detached.
-        divergence: mean over the compared rows, detached.
-        outputs: what the model returned in the clean pass.
+        loss: to be differentiated. Its value is the step's loss; where every pass trains, its gradient is that of the
+            last one's share (of a replay, value and gradient are the last one's).
+        task_loss: the task's own, detached, at the clean point (where there is no clean pass, the mean of the others).
+        divergence: mean over the compared rows, detached; 0 where nothing is compared.
+        outputs: what the model returned in the clean pass, or in the last one where there is no clean pass.
+        adversarial_loss: the task's loss at the perturbed point, detached; None if the method has no such term.
+        proximal: divergence of the clean prediction from the teacher's, detached; None without a teacher.
     """
 
     loss: Tensor
     task_loss: Tensor
     divergence: Tensor
     outputs: Any
+    adversarial_loss: Tensor | None = None
+    proximal: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:
-        """Logits of the clean pass.
+        """Logits of the pass that ``outputs`` is of.
 
         Raises:
             ValueError: none were formed.
@@ -94,14 +83,16 @@ class AdversarialObjective:
     Args:
         model: a module called as ``model(**batch)``; ``DistributedDataParallel`` around it is seen through.
         config: the method and its constants.
-        head: ``"classification"``, ``"regression"``, ``"masked_lm"``, ``"causal_lm"`` or ``"pretraining"``; None
-            recognises it from the model's class.
+        head: a name of :data:`alum_kernels.adversarial.heads.HEADS`; None recognises it from the model's class.
         loss: ``loss(outputs, batch)`` of the task; None takes ``outputs.loss``, which the model computes from labels,
             or the same cross-entropy without the logits.
 
     A language model whose head is one linear projection is trained without its logits, on the hidden states of the
     compared rows, and a hook on the model sees the logits of a few classes only; where that is not possible it goes
     through the logits, and a warning says why. ``config.fused_head`` decides otherwise.
+
+    Methods that train on every pass of the ascent (``config.backward``) need :meth:`backward`; a teacher
+    (``config.proximal``) needs :meth:`follow`; schedules by the share of the training need :meth:`set_progress`.
 
     Raises:
         ValueError: no head or no input embeddings are recognised, or a fused head was demanded and cannot be.
@@ -136,14 +127,18 @@ class AdversarialObjective:
         self.model = model
         self.config = config
         inner = unwrap(model)
-        self.head = detect_head(inner) if head is None else Head(head)
+        self.head = _head_of(inner, head, config)
         self.telemetry = Telemetry()
         self._loss = loss
-        self._hooks = PerturbationHooks(perturbed_modules(inner, config.modules))
+        self._hooks = PerturbationHooks(perturbed_sites(inner, config.modules, site=config.site, side=config.side))
+        self._first_layer = FirstLayer(inner, config.first_layer) if config.inner_steps else None
         self._generator: torch.Generator | None = None
         self._generator_state: Tensor | None = None
         self._constants = DeviceConstants(config)
         self._steps = 0
+        self._progress: Progress | None = None
+        self._proximal: BregmanProximal | None = None
+        self._proximal_state: Mapping[str, Any] | None = None
         self._verified = False
         self.linear_head = self._find_linear_head()
 
@@ -155,7 +150,8 @@ class AdversarialObjective:
         self,
         batch: Mapping[str, Any],
         scale: float | Tensor = 1.0,
-        backward: Callable[[Tensor], None] | None = None,
+        backward: Backward | None = None,
+        update: Callable[[], None] | None = None,
     ) -> dict[str, Tensor]:
         """All passes of one batch, backward included; gradients are in ``.grad``, as after ``loss.backward()``.
 
@@ -163,138 +159,194 @@ class AdversarialObjective:
             batch: arguments of the model, labels included.
             scale: factor on the loss, such as one over the number of accumulated batches.
             backward: how to differentiate, such as ``accelerator.backward``; None calls ``Tensor.backward``.
+            update: a step of the optimizer, with zeroed gradients after it, for methods that replay a batch
+                (``config.backward == "replay"``); called between replays, the update after the last is the caller's.
 
         Returns:
             Detached device scalars ``loss``, ``task_loss`` and ``divergence``, before ``scale``.
         """
-        output = self.forward(batch)
-        (backward or Tensor.backward)(output.loss * scale)
+        differentiate = backward or Tensor.backward
+        output = self.forward(batch, backward=lambda loss: differentiate(loss * scale), update=update)
+        differentiate(output.loss * scale)
         return {"loss": output.loss.detach(), "task_loss": output.task_loss, "divergence": output.divergence}
 
     def forward(
         self,
         batch: Mapping[str, Any],
         *,
-        clean_pass: CleanPass | None = None,
+        run_task: RunTask | None = None,
         standard_loss: bool = False,
         seed: Tensor | None = None,
         sample_offset: int = 0,
+        delta: Sequence[Tensor] | None = None,
+        backward: Backward | None = None,
+        update: Callable[[], None] | None = None,
     ) -> AdversarialOutput:
         """The loss of one batch.
 
         Args:
             batch: arguments of the model, labels included.
-            clean_pass: a trainer's own way to run the model on the batch, giving (task loss, model output); None runs
+            run_task: a trainer's own way to run the model on the batch, giving (task loss, model output); None runs
                 ``model(**batch)``.
-            standard_loss: the loss of ``clean_pass`` is the model's own mean over the labels, so that a linear head may
+            standard_loss: the loss of ``run_task`` is the model's own mean over the labels, so that a linear head may
                 stand in for it.
             seed: one-element int64 tensor, see :meth:`draw_seed`; None draws one. Batches that are accumulated into one
                 optimizer step share a seed and differ in ``sample_offset``; then splitting changes nothing.
             sample_offset: place of the batch's first sample in the global batch.
+            delta: a first perturbation for each perturbed module, (B, S, H) fp32 (fp64 for fp64), instead of noise.
+            backward: differentiates the loss of every pass but the last, whose loss is returned; needed by methods that
+                train on every pass.
+            update: as in :meth:`backward`.
 
         Raises:
-            ValueError: the model gave no loss, or the batch lacks what the head needs.
-            RuntimeError: a perturbed module did not run exactly once in the clean pass.
+            ValueError: the model gave no loss, the batch lacks what the head needs, or the method needs an argument,
+                :meth:`follow` or :meth:`set_progress` that it did not get.
+            RuntimeError: a perturbed module did not run exactly once in a pass.
         """
-        with dropout_off(self.model) if self.config.dropout == "off" else nullcontext():
-            return self._forward(batch, clean_pass, standard_loss, seed, sample_offset)
+        config = self.config
+        if config.backward != "final" and backward is None:
+            raise ValueError(
+                f"backward: {config.method} trains on every pass of an ascent, call AdversarialObjective.backward"
+            )
+        if (update is not None) != (config.backward == "replay"):
+            wanted = (
+                "an optimizer step between the replays" if update is None else "None: only 'replay' methods take one"
+            )
+            raise ValueError(f"update: expected {wanted}, got {'None' if update is None else 'one'}")
+        with dropout_off(self.model) if config.dropout == "off" else nullcontext():
+            result = self._forward(batch, run_task, standard_loss, seed, sample_offset, delta, backward, update)
+        return AdversarialOutput(
+            loss=result.loss,
+            task_loss=result.task_loss.detach(),
+            divergence=result.divergence.detach(),
+            outputs=result.outputs,
+            adversarial_loss=None if result.adversarial_loss is None else result.adversarial_loss.detach(),
+            proximal=None if result.proximal is None else result.proximal.detach(),
+        )
 
     def _forward(
         self,
         batch: Mapping[str, Any],
-        clean_pass: CleanPass | None,
+        run_task: RunTask | None,
         standard_loss: bool,
         seed: Tensor | None,
         sample_offset: int,
-    ) -> AdversarialOutput:
-        config = self.config
-        device = device_of(unwrap(self.model))
-        inputs = without_labels(batch)
-        linear = self._linear_head_for(batch, clean_pass, standard_loss)
-        random = RandomState(device) if config.dropout == "shared" else None
-        passes: Passes
-        with self._hooks.recording() as embeds:
-            if linear is not None:
-                passes = LinearPasses(self.head, batch, config.positions, linear)
-                task_loss, outputs, clean = passes.run_clean(lambda: self.model(**inputs))
-            else:
-                passes = LogitPasses(self.head, batch, config.positions)
-                task_loss, outputs = (clean_pass or (lambda: self._run_task(batch)))()
-                clean = passes.read(outputs)
-
-        def perturbed_pass(model: nn.Module, replace: Callable[[int, Tensor], Tensor | None]) -> list[Prediction]:
-            if random is not None:
-                random.restore()
-            with self._hooks.replacing(replace):
-                return passes.run(lambda: model(**inputs))
-
-        perturbation = Perturbation(
-            config,
-            self._constants,
-            embeds,
-            batch,
-            self.draw_seed(device) if seed is None else seed,
-            sample_offset,
-        )
-        start: Tensor | None = None
-        fixed = [part.detached() for part in clean]
-        if config.steps > 1:
-            fixed = [part.with_products() for part in fixed]
-        for _ in range(config.steps):
-            leaves = perturbation.leaves()
-            with torch.enable_grad():
-                adv = perturbed_pass(unwrap(self.model), lambda index, output, leaves=leaves: leaves[index].clone())
-            total, grads = self._ascent_gradient(adv, fixed, leaves)
-            perturbation.climb(grads)
-            start = total if start is None else start
-
+        delta: Sequence[Tensor] | None,
+        backward: Backward | None,
+        update: Callable[[], None] | None,
+    ) -> StepResult:
+        config, inner = self.config, unwrap(self.model)
+        device, inputs = device_of(inner), self._inputs(batch)
+        progress = self._progress or Progress(self._steps)
         self._steps += 1
-        check_signal = config.signal_check_interval > 0 and self._steps % config.signal_check_interval == 0
-        adv = perturbed_pass(
-            self.model, partial(perturbation.final, telemetry=config.telemetry, keep_delta=check_signal)
+        proximal = self._teacher() if config.proximal > 0 else None
+        linear = self._linear_head_for(batch, run_task, standard_loss)
+        if linear is not None:
+            passes = LinearPasses(self.head, batch, config.positions, linear)
+        elif config.compares:
+            passes = LogitPasses(self.head, batch, config.positions)
+        else:
+            passes = None
+
+        def task() -> TaskPass:
+            if linear is not None:
+                return TaskPass(*passes.run_clean(lambda: self.model(**inputs)))
+            loss, outputs = run_task() if run_task is not None else self._run_task(batch)
+            return TaskPass(loss, outputs, [] if passes is None else passes.read(outputs))
+
+        started = progress.started(config.start)
+        alpha = config.alpha * progress.value("alpha_schedule", config.alpha_schedule) if started else 0.0
+        adversarial_weight = config.adversarial_weight if started else 0.0
+        if not (alpha > 0 or adversarial_weight > 0 or proximal is not None):
+            loss, outputs, _ = task()
+            return StepResult(loss, loss, torch.zeros((), device=loss.device), None, None, outputs)
+        self._constants.scale(progress.value("epsilon_schedule", config.epsilon_schedule))
+        step = Step(
+            config=config,
+            model=self.model,
+            hooks=self._hooks,
+            inputs=inputs,
+            task=task,
+            passes=passes,
+            perturbation=Perturbation(
+                config,
+                self._constants,
+                self._hooks.sites,
+                {**inputs, **batch},
+                self.draw_seed(device) if seed is None else seed,
+                sample_offset,
+                delta,
+            ),
+            random=RandomState(device) if config.dropout == "shared" else None,
+            telemetry=self.telemetry,
+            alpha=alpha,
+            adversarial_weight=adversarial_weight,
+            check_signal=config.signal_check_interval > 0 and self._steps % config.signal_check_interval == 0,
         )
-        means = mean_divergences(adv, clean, config)
-        divergence = means.sum()
-        if config.telemetry:
-            climbed = {}
-            if start is not None:
-                climbed = {"start": start, "end": self._sum_of(adv, clean, means)}
-            steps = torch.ones_like(divergence)
-            self.telemetry.add(divergence=divergence, steps=steps, **climbed, **perturbation.figures())
-        if check_signal:
-            with torch.no_grad():
-                half = perturbed_pass(unwrap(self.model), perturbation.halved)
-            at_full, at_half = (divergence_sum(side, fixed, config, config.divergence) for side in (adv, half))
-            self.telemetry.add(signal_full=at_full, signal_half=at_half)
-        return AdversarialOutput(
-            loss=task_loss + config.alpha * divergence,
-            task_loss=task_loss.detach(),
-            divergence=divergence.detach(),
-            outputs=outputs,
-        )
+        if config.backward == "final":
+            return train_at_the_end(step, proximal)
+        return train_on_the_way(step, backward, update, self._first_layer)
+
+    def set_progress(self, step: int, total: int | None = None) -> None:
+        """Tell schedules how far the training is.
+
+        Args:
+            step: optimizer steps made so far. Until this is called, each forward counts as one.
+            total: optimizer steps of the whole training; needed where a schedule speaks of shares of it.
+        """
+        self._progress = Progress(step, total)
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the teacher of the proximal term follow the model: it is updated after steps of this optimizer.
+
+        The teacher begins as the model is now.
+        """
+        if self.config.proximal == 0:
+            raise ValueError("proximal: expected a weight > 0 where a teacher is to follow, got 0")
+        proximal = BregmanProximal(self.model, self.config.proximal_interval, self._momentum)
+        if self._proximal_state is not None:
+            proximal.load_state_dict(self._proximal_state)
+            self._proximal_state = None
+        self._proximal = proximal
+        optimizer.register_step_post_hook(lambda *_: proximal.step())
+
+    def _momentum(self) -> float:
+        momentum = self.config.proximal_momentum
+        if isinstance(momentum, int | float):
+            return momentum
+        return (self._progress or Progress(self._steps)).value("proximal_momentum", momentum, default=0.0)
+
+    def _teacher(self) -> BregmanProximal:
+        if self._proximal is None:
+            raise ValueError(
+                "proximal: expected an optimizer that the teacher follows; call AdversarialObjective.follow(optimizer)"
+            )
+        return self._proximal
 
     def _find_linear_head(self) -> LinearHead | None:
-        config, tokens = self.config, self.head.tokens is not None
+        config, tokens = self.config, self.head is not None and self.head.tokens is not None
         if config.fused_head is False or (config.fused_head is None and not tokens):
             return None
         unfused = {config.divergence, config.ascent_divergence} - set(LINEAR_DIVERGENCES)
         if not tokens:
-            return self._refuse(f"its head is {self.head.name}")
+            return self._refuse(f"its head is {'not recognised' if self.head is None else self.head.name}")
         if self._loss is not None:
             return self._refuse("its task loss is the caller's, of the logits")
-        if unfused:
+        if config.proximal > 0:
+            return self._refuse("its proximal term compares two sets of weights")
+        if config.compares and unfused:
             return self._refuse(f"there is no fused {', '.join(sorted(unfused))}")
         found = find_linear_head(unwrap(self.model))
         return self._refuse(found) if isinstance(found, str) else found
 
     def _linear_head_for(
-        self, batch: Mapping[str, Any], clean_pass: CleanPass | None, standard_loss: bool
+        self, batch: Mapping[str, Any], run_task: RunTask | None, standard_loss: bool
     ) -> LinearHead | None:
         """The linear head, if this batch can go through it; the first one with a label decides for all."""
         if self.linear_head is None:
             return None
-        if clean_pass is not None and not standard_loss:
-            self.linear_head = self._refuse("its clean pass is the caller's, of the logits")
+        if run_task is not None and not standard_loss:
+            self.linear_head = self._refuse("its task loss is the caller's, of the logits")
         elif not self._verified and (sample := one_sample(self.head, batch)) is not None:
             reason = refusal(unwrap(self.model), self.head, sample, self.linear_head)
             self.linear_head = self.linear_head if reason is None else self._refuse(reason)
@@ -312,12 +364,6 @@ class AdversarialObjective:
             stacklevel=2,
         )
 
-    def _sum_of(self, adv: list[Prediction], clean: list[Prediction], means: Tensor) -> Tensor:
-        """The divergence that the ascent climbed, summed over compared rows and heads."""
-        if self.config.ascent_divergence == self.config.divergence:
-            return sum(mean * side.rows() for mean, side in zip(means, clean, strict=True))
-        return divergence_sum(adv, [part.detached() for part in clean], self.config, self.config.ascent_divergence)
-
     def draw_seed(self, device: torch.device | None = None) -> Tensor:
         """The next seed of the noise, a one-element int64 tensor on ``device`` (the model's, if None)."""
         device = device_of(unwrap(self.model)) if device is None else device
@@ -330,21 +376,31 @@ class AdversarialObjective:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=self._generator)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs so that the noise goes on where it stopped."""
+        """What a checkpoint needs so that the noise, and the teacher, go on where they stopped."""
         state = self._generator_state if self._generator is None else self._generator.get_state()
-        return {"generator": state, "steps": self._steps}
+        teacher = self._proximal_state if self._proximal is None else self._proximal.state_dict()
+        return {"generator": state, "steps": self._steps, "proximal": teacher}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint; a teacher in it is taken up by the one that follows the optimizer."""
         self._steps = state["steps"]
         self._generator, self._generator_state = None, state["generator"]
+        self._proximal_state = state.get("proximal")
+        if self._proximal is not None and self._proximal_state is not None:
+            self._proximal.load_state_dict(self._proximal_state)
 
     def remove_hooks(self) -> None:
         """Take the wrapper's hooks off the model; the objective cannot be used afterwards."""
         self._hooks.remove()
+        if self._first_layer is not None:
+            self._first_layer.remove()
+
+    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return without_labels(batch) if self.head is None else self.head.inputs(batch, self.model)
 
     def _run_task(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         if self._loss is not None:
-            outputs = self.model(**without_labels(batch))
+            outputs = self.model(**self._inputs(batch))
             return self._loss(outputs, batch), outputs
         outputs = self.model(**batch)
         loss = loss_of(outputs)
@@ -355,15 +411,14 @@ class AdversarialObjective:
             )
         return loss, outputs
 
-    def _ascent_gradient(
-        self, adv: Sequence[Prediction], clean: Sequence[Prediction], leaves: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The summed inner divergence and its gradient to each leaf; no parameter receives one."""
-        total, grads = sum_and_gradients(adv, clean, leaves, self.config, self.config.ascent_divergence)
-        for name, grad in zip(self._hooks.names, grads, strict=True):
-            if grad is None:
-                raise ValueError(
-                    f"modules: the predictions do not depend on the perturbed output of {name}; "
-                    "a module that another perturbed module replaces cannot be perturbed as well"
-                )
-        return total, grads
+
+def _head_of(model: nn.Module, name: str | None, config: AdversarialConfig) -> Head | None:
+    """The head that is named, or recognised; a method that compares no predictions does without."""
+    if name is not None:
+        return Head(name)
+    try:
+        return detect_head(model)
+    except ValueError:
+        if config.compares:
+            raise
+        return None

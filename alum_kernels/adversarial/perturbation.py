@@ -1,6 +1,6 @@
 """The perturbation of one step, from its seed to delta_K.
 
-Several modules may be perturbed at once; each has its own stream of noise, its own gradient and its own delta.
+Several sites may be perturbed at once; each has its own stream of noise, its own gradient and its own delta.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,148 +10,282 @@ import torch
 from torch import Tensor
 
 from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.sites import Site, choices_of
 from alum_kernels.ops.noise_init import noise_init
 from alum_kernels.ops.projected_ascent import STATISTICS, projected_ascent
 
+SIZES = ("std", "step_size", "epsilon")
+
 
 class DeviceConstants:
-    """The config's magnitudes as 0-d fp32 tensors, one a device.
+    """The config's magnitudes, times the factor of its schedule, as 0-d fp32 tensors, one a device.
 
-    A float would recompile per value under ``torch.compile`` and freeze in a captured CUDA graph.
+    A float would recompile per value under ``torch.compile`` and freeze in a captured CUDA graph; a new factor is
+    written into the tensors that exist.
     """
 
     def __init__(self, config: AdversarialConfig) -> None:
-        self._config = config
+        self._values = {name: getattr(config, name) for name in SIZES}
+        self._factor = 1.0
         self._tensors: dict[tuple[str, torch.device], Tensor] = {}
+
+    def scale(self, factor: float) -> None:
+        """Multiply every magnitude by ``factor`` from here on."""
+        if factor != self._factor:
+            self._factor = factor
+            for (name, _), tensor in self._tensors.items():
+                tensor.fill_(self._values[name] * factor)
 
     def __call__(self, name: str, device: torch.device) -> Tensor:
         key = (name, device)
         if key not in self._tensors:
-            self._tensors[key] = torch.full((), getattr(self._config, name), dtype=torch.float32, device=device)
+            value = self._values[name] * self._factor
+            self._tensors[key] = torch.full((), value, dtype=torch.float32, device=device)
         return self._tensors[key]
 
 
 class Perturbation:
-    """Draws delta_0, climbs with the gradients it is given, and perturbs module outputs.
+    """Draws delta_0, climbs with the gradients it is given, and perturbs the tensors at the sites.
 
     Args:
         config: the method and its constants.
         constants: the same constants on the device.
-        embeds: (B, S, H) detached clean output of each perturbed module.
-        batch: arguments of the model; its attention masks say which positions stay as they are.
+        sites: what is perturbed.
+        batch: arguments of the model, labels included; its masks and tokens say which positions stay as they are.
         seed: one-element int64 tensor.
         sample_offset: place of the batch's first sample in the global batch.
+        initial: a first perturbation for each site, (B, S, H) fp32 (fp64 for fp64 embeddings), instead of noise.
     """
 
     def __init__(
         self,
         config: AdversarialConfig,
         constants: DeviceConstants,
-        embeds: Sequence[Tensor],
+        sites: Sequence[Site],
         batch: Mapping[str, Any],
         seed: Tensor,
         sample_offset: int,
+        initial: Sequence[Tensor] | None = None,
     ) -> None:
+        if initial is not None and len(initial) != len(sites):
+            raise ValueError(f"delta: expected one tensor for each of {len(sites)} sites, got {len(initial)}")
         self._config = config
-        self._constants = constants
-        self._embeds = embeds
-        self._masks = [attention_mask_of(batch, embed) for embed in embeds]
-        self._noise = {"seed": seed, "distribution": config.distribution, "sample_offset": sample_offset}
+        self._seed, self._choices = seed, choices_of(batch)
+        self._sample_offset = sample_offset * self._choices
+        self._sites = [_SitePerturbation(config, constants, site, batch, self._choices) for site in sites]
+        for own, delta in zip(self._sites, initial or (), strict=initial is not None):
+            own.initial = delta
         self._grads: Sequence[Tensor] | None = None
-        self._deltas: list[Tensor | None] = [None] * len(embeds)
-        self._final_deltas: list[Tensor | None] = [None] * len(embeds)
+        self._final_deltas: list[Tensor | None] = [None] * len(sites)
         self._statistics: list[Tensor] = []
 
-    def leaves(self) -> list[Tensor]:
-        """Perturbed embeddings of every module, made outside the model, to be differentiated."""
+    @property
+    def recorded(self) -> bool:
+        """Whether the clean tensors are known."""
+        return all(own.embeds is not None for own in self._sites)
+
+    def record(self, index: int, embeds: Tensor) -> None:
+        """Take the clean (B, S, H) tensor at a site, detached."""
+        self._sites[index].record(embeds)
+
+    def leaf(self, index: int) -> Tensor:
+        """The tensor of a site at the next point, made outside the model, to be differentiated."""
+        own = self._sites[index]
         if self._grads is None:
-            perturbed = [self._start(index, embed) for index, embed in enumerate(self._embeds)]
-        else:
-            climbed = [self._ascend(index, embed, return_delta=True) for index, embed in enumerate(self._embeds)]
-            perturbed = [embeds for embeds, _ in climbed]
-            self._deltas = [delta for _, delta in climbed]
-        return [tensor.requires_grad_() for tensor in perturbed]
+            return self._here(index, own.embeds, keep=own.keeps_delta).requires_grad_()
+        perturbed, own.delta = self._ascend(index, own.embeds, last=False, return_delta=True)
+        return perturbed.requires_grad_()
 
     def climb(self, grads: Sequence[Tensor]) -> None:
-        """Take the gradients at the present leaves; the next leaves, or the final pass, go along them."""
+        """Take the gradients at the present point; the next one goes along them."""
         self._grads = grads
 
-    def final(self, index: int, output: Tensor, *, telemetry: bool, keep_delta: bool) -> Tensor:
-        """A module's live output at the final perturbation; the gradient to the output is the identity.
+    def stay(self) -> None:
+        """The next point is the present one."""
+        self._grads = None
 
-        ``telemetry`` collects the statistics of :meth:`figures`, ``keep_delta`` what :meth:`halved` needs.
+    def perturb(
+        self, index: int, output: Tensor, *, last: bool = True, telemetry: bool = False, keep_delta: bool = False
+    ) -> Tensor:
+        """A site's live tensor at the next point; the gradient to it is the identity, unless the config detaches it.
+
+        ``last`` is the point that the step ends at. ``telemetry`` collects the statistics of :meth:`figures`,
+        ``keep_delta`` what :meth:`halved` needs.
         """
+        own = self._sites[index]
+        if own.embeds is None:
+            own.record(output.detach())
+        if self._config.detach_embeddings:
+            output = output.detach()
         if self._grads is None:
-            if not keep_delta:
-                return self._start(index, output)
-            perturbed, self._final_deltas[index] = self._start(index, output, return_delta=True)
+            perturbed = self._here(index, output, keep=keep_delta or not last or own.keeps_delta)
+            if keep_delta:
+                self._final_deltas[index] = own.delta
             return perturbed
-        results = self._ascend(index, output, return_delta=keep_delta, return_stats=telemetry)
-        if not (telemetry or keep_delta):
+        keep = keep_delta or not last
+        results = self._ascend(index, output, last=last, return_delta=keep, return_stats=telemetry)
+        if not (telemetry or keep):
             return results
         perturbed, *rest = results
-        if keep_delta:
-            self._final_deltas[index] = rest.pop(0)
+        if keep:
+            own.delta = self._final_deltas[index] = rest.pop(0)
         if telemetry:
             self._statistics.append(rest.pop(0))
         return perturbed
 
     def halved(self, index: int, output: Tensor) -> Tensor:
-        """A module's output at half the final perturbation."""
+        """A site's tensor at half the final perturbation."""
         delta = self._final_deltas[index]
-        return (output.to(delta.dtype) + delta / 2).to(output.dtype)
+        return (output.to(delta.dtype) + delta.view_as(output) / 2).to(output.dtype)
 
     def figures(self) -> dict[str, Tensor]:
-        """Sums over modules, sequences and positions, for the telemetry; empty where nothing climbed."""
+        """Sums over sites, sequences and positions, for the telemetry; empty where nothing climbed."""
         if not self._statistics:
             return {}
         total = sum(statistics.sum((0, 1)) for statistics in self._statistics)
-        elements = sum(
-            torch.full_like(total[0], embed.numel()) if mask is None else (mask != 0).sum() * embed.shape[2]
-            for embed, mask in zip(self._embeds, self._masks, strict=True)
-        )
+        elements = sum(own.elements().sum() for own in self._sites)
         return {**dict(zip(STATISTICS, total, strict=True)), "elements": elements}
 
-    def _options(self, index: int) -> dict[str, Any]:
+    def _here(self, index: int, embeds: Tensor, *, keep: bool) -> Tensor:
+        """The tensor at the present point, which is the noise until something climbed."""
+        own = self._sites[index]
+        if own.delta is not None:
+            return (embeds.to(own.delta.dtype) + own.delta).to(embeds.dtype)
+        result = noise_init(
+            embeds, seed=self._seed, std=own.noise_size(), mask=own.mask, return_delta=keep, **self._noise(index)
+        )
+        if not keep:
+            return result
+        perturbed, own.delta = result
+        return perturbed
+
+    def _ascend(
+        self, index: int, embeds: Tensor, *, last: bool, return_delta: bool = False, return_stats: bool = False
+    ) -> Any:
+        own, config = self._sites[index], self._config
+        replaces = config.update == "replace"
+        drawn = replaces or own.delta is None
+        wanted = {"return_delta": return_delta, "return_stats": return_stats}
+        results = projected_ascent(
+            own.grouped(embeds),
+            own.grouped(self._grads[index]),
+            None if drawn else own.grouped(own.delta),
+            seed=self._seed if drawn else None,
+            std=torch.zeros((), device=embeds.device) if replaces else own.noise_size(),
+            step_size=own.step_size() if last or not replaces else own.noise_length(),
+            epsilon=own.radius(),
+            norm=config.norm if last or not replaces else "none",
+            normalize=config.normalize,
+            level=own.level,
+            mask=None if own.mask is None else own.grouped(own.mask),
+            **wanted,
+            **self._noise(index),
+        )
+        if not any(wanted.values()):
+            return results.view_as(embeds)
+        perturbed, *rest = results
+        if return_delta:
+            rest[0] = rest[0].view_as(embeds)
+        return perturbed.view_as(embeds), *rest
+
+    def _noise(self, index: int) -> dict[str, Any]:
         return {
-            "std": self._constants("std", self._embeds[index].device),
-            "distribution": self._noise["distribution"],
+            "distribution": self._config.distribution,
             "stream": index,
-            "sample_offset": self._noise["sample_offset"],
-            "mask": self._masks[index],
+            "sample_offset": self._sample_offset,
             "backend": self._config.backend,
         }
 
-    def _start(self, index: int, embeds: Tensor, *, return_delta: bool = False) -> Any:
-        return noise_init(embeds, seed=self._noise["seed"], return_delta=return_delta, **self._options(index))
 
-    def _ascend(self, index: int, embeds: Tensor, *, return_delta: bool = False, return_stats: bool = False) -> Any:
-        delta = self._deltas[index]
-        return projected_ascent(
-            embeds,
-            self._grads[index],
-            delta,
-            seed=self._noise["seed"] if delta is None else None,
-            step_size=self._constants("step_size", embeds.device),
-            epsilon=self._constants("epsilon", embeds.device),
-            norm=self._config.norm,
-            normalize=self._config.normalize,
-            level=self._config.level,
-            return_delta=return_delta,
-            return_stats=return_stats,
-            **self._options(index),
-        )
+class _SitePerturbation:
+    """One site: its clean tensor, which of its positions move and how far, and its perturbation so far."""
 
+    def __init__(
+        self, config: AdversarialConfig, constants: DeviceConstants, site: Site, batch: Mapping[str, Any], choices: int
+    ) -> None:
+        self._config, self._constants, self._site, self._batch = config, constants, site, batch
+        self._choices = choices if config.level == "sample" else 1
+        self.level = "sequence" if config.level == "sample" else config.level
+        self.embeds: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.delta: Tensor | None = None
+        self.initial: Tensor | None = None
+        self._unit: Tensor | None = None
 
-def attention_mask_of(batch: Mapping[str, Any], embeds: Tensor) -> Tensor | None:
-    """The batch's attention mask for a (B, S, H) module output: the one of its shape, or None if there is none."""
-    masks = [batch[key] for key in ("attention_mask", "decoder_attention_mask") if isinstance(batch.get(key), Tensor)]
-    for mask in masks:
-        if mask.shape == embeds.shape[:2]:
-            return mask != 0 if mask.is_floating_point() else mask
-    if masks:
-        raise ValueError(
-            f"attention_mask: expected shape {tuple(embeds.shape[:2])} as the perturbed module's output, "
-            f"got {' and '.join(str(tuple(mask.shape)) for mask in masks)}"
-        )
-    return None
+    @property
+    def keeps_delta(self) -> bool:
+        """Whether the noise must be stored: where groups join rows, the ascent cannot draw it again."""
+        return self._choices > 1
+
+    def record(self, embeds: Tensor) -> None:
+        """Take the clean tensor."""
+        self.embeds = embeds
+        self.mask = self._site.valid_positions(self._batch, embeds, self._config.excluded_tokens)
+        self._unit = None if self._config.units == "absolute" else self._size_of_elements()
+        self.delta = None if self.initial is None else self._masked(self.initial)
+
+    def grouped(self, tensor: Tensor) -> Tensor:
+        """(B, C S, ...) of (B C, S, ...), where the rows of a sample are one group."""
+        if self._choices == 1:
+            return tensor
+        rows, length, *rest = tensor.shape
+        return tensor.reshape(rows // self._choices, self._choices * length, *rest)
+
+    def _masked(self, delta: Tensor) -> Tensor:
+        """A perturbation handed in, zero where nothing may move."""
+        dtype = torch.promote_types(self.embeds.dtype, torch.float32)
+        if delta.shape != self.embeds.shape:
+            raise ValueError(f"delta: expected shape {tuple(self.embeds.shape)}, got {tuple(delta.shape)}")
+        delta = delta.to(dtype)
+        return delta if self.mask is None else torch.where(self.mask.unsqueeze(-1) != 0, delta, 0)
+
+    def elements(self) -> Tensor:
+        """How many elements of each group move: (B, S), (B,) or 0-d, fp32."""
+        grouped = self.grouped(self.embeds)
+        batch, length, hidden = grouped.shape
+        if self.mask is None:
+            valid = torch.ones(batch, length, device=grouped.device)
+        else:
+            valid = (self.grouped(self.mask) != 0).float()
+        return self._over_group(valid) * hidden
+
+    def noise_size(self) -> Tensor:
+        """Size of an element of the noise, for the (B C, S, H) tensor."""
+        size = self._constants("std", self.embeds.device)
+        if self._config.noise_level == "group":
+            size = size / self.elements().clamp(min=1).sqrt()
+        size = size if self._unit is None else size * self._unit
+        return size.repeat_interleave(self._choices) if self._choices > 1 and size.dim() == 1 else size
+
+    def noise_length(self) -> Tensor:
+        """The noise's size as the length of a step."""
+        size = self._constants("std", self.embeds.device)
+        if self._config.noise_level == "element" and self._config.normalize == "l2":
+            size = size * self.elements().clamp(min=1).sqrt()
+        return size if self._unit is None else size * self._length_unit(self._config.normalize)
+
+    def step_size(self) -> Tensor:
+        size = self._constants("step_size", self.embeds.device)
+        return size if self._unit is None else size * self._length_unit(self._config.normalize)
+
+    def radius(self) -> Tensor:
+        size = self._constants("epsilon", self.embeds.device)
+        return size if self._unit is None else size * self._length_unit(self._config.norm)
+
+    def _length_unit(self, norm: str) -> Tensor:
+        """What a length is a multiple of: an element's size, or by the Euclidean norm that of a group."""
+        return self._unit * self.elements().sqrt() if norm == "l2" else self._unit
+
+    def _size_of_elements(self) -> Tensor:
+        """Root mean square of the clean elements of each group, fp32."""
+        embeds = self.grouped(self.embeds).to(torch.float32)
+        if self._config.units == "std":
+            embeds = embeds - embeds.mean(-1, keepdim=True)
+        squares = (embeds**2).sum(-1)
+        if self.mask is not None:
+            squares = torch.where(self.grouped(self.mask) != 0, squares, 0)
+        return (self._over_group(squares) / self.elements().clamp(min=1)).sqrt()
+
+    def _over_group(self, tokens: Tensor) -> Tensor:
+        """Sum of (B, S) over each group."""
+        return {"token": lambda: tokens, "sequence": lambda: tokens.sum(1), "batch": tokens.sum}[self.level]()

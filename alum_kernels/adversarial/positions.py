@@ -38,6 +38,11 @@ def continued_positions(batch: Mapping[str, Any]) -> Tensor | None:
 
     Returns:
         None where the batch has neither an attention mask nor position ids.
+
+    Example:
+        >>> import torch
+        >>> continued_positions({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}).int()
+        tensor([[1, 1, 0, 1, 0]], dtype=torch.int32)
     """
     mask, position_ids = _mask(batch, "attention_mask"), batch.get("position_ids")
     visible = visible_positions(batch)

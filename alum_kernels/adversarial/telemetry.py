@@ -33,7 +33,9 @@ class Telemetry:
             that at the noise it started from), ``delta_rms`` (root mean square of an element of the perturbation),
             ``clipped`` and ``unrepresentable`` (shares of its elements that the projection changed, and that the dtype
             of the embeddings lost), ``non_finite`` (gradient elements, a step), ``signal_ratio`` where it was
-            measured (0 where half the perturbation changes nothing).
+            measured (0 where half the perturbation changes nothing), ``proximal`` (divergence from the teacher, per
+            step), ``task_increase`` of methods that climb the task's loss (its mean at the last perturbation less that
+            at the first, a step).
         """
         if not self._sums:
             return {}
@@ -45,6 +47,9 @@ class Telemetry:
             figures["divergence"] = total["divergence"] / total["steps"]
         if total.get("start", 0.0) > 0:
             figures["ascent_gain"] = total["end"] / total["start"]
+        for name in ("proximal", "task_increase"):
+            if name in total:
+                figures[name] = total[name] / total["steps"]
         if total.get("elements", 0.0) > 0:
             elements = total["elements"]
             figures["delta_rms"] = (total["delta_squared"] / elements) ** 0.5

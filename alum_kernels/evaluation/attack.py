@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels.adversarial.heads import Head, detect_head
-from alum_kernels.adversarial.hooks import PerturbationHooks, device_of, dropout_off, perturbed_modules, unwrap
-from alum_kernels.adversarial.perturbation import attention_mask_of
+from alum_kernels.adversarial.hooks import PerturbationHooks, device_of, dropout_off, unwrap
 from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE
+from alum_kernels.adversarial.sites import perturbed_sites
 from alum_kernels.ops.checks import check_choice, check_magnitude
 from alum_kernels.ops.noise_init import noise_init
 from alum_kernels.ops.projected_ascent import LEVELS, projected_ascent
@@ -99,11 +99,11 @@ class Attack:
         self.norm, self.level, self.steps, self.restarts = norm, level, steps, restarts
         self.seed, self.backend = seed, backend
         self._step_size, self._schedule = step_size, schedule
-        self._perturbed = perturbed_modules(self.model, modules)
+        self.sites = perturbed_sites(self.model, modules)
         self._context = ExitStack()
 
     def __enter__(self) -> "Attack":
-        self.hooks = PerturbationHooks(self._perturbed)
+        self.hooks = PerturbationHooks(self.sites)
         self._context.callback(self.hooks.remove)
         self._context.enter_context(dropout_off(self.model))
         return self
@@ -175,11 +175,11 @@ class Subject:
         with torch.no_grad(), attack.hooks.recording() as self.embeds:
             self.logits = self._forward()
         self.samples = self.logits[0].shape[0]
-        self.masks = [attention_mask_of(batch, embed) for embed in self.embeds]
-        for name, embed in zip(attack.hooks.names, self.embeds, strict=True):
+        self.masks = [site.valid_positions(batch, own) for site, own in zip(attack.sites, self.embeds, strict=True)]
+        for site, embed in zip(attack.sites, self.embeds, strict=True):
             if embed.shape[0] % max(self.samples, 1):
                 raise ValueError(
-                    f"{name}: expected a multiple of {self.samples} sequences, one or more a sample, "
+                    f"{site.name}: expected a multiple of {self.samples} sequences, one or more a sample, "
                     f"got {embed.shape[0]}"
                 )
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alum_kernels.adversarial.heads import IGNORED_LABEL, Head
+from alum_kernels.adversarial.heads import Head
+from alum_kernels.adversarial.labels import IGNORED_LABEL
 
 WHOLE_SAMPLE_HEADS = ("question_answering",)
 """Heads whose parts answer one question: a sample is right if every part is, and counts once."""

@@ -7,6 +7,9 @@ items of a whole optimizer step, the loss is
 
 so that accumulated micro-batches add up to the one batch that they split, also for heads that ignore the Trainer's
 count. The last factor is there when the count runs over all processes, whose gradients are then averaged.
+
+Methods that train on every pass of their ascent differentiate all but the last in ``compute_loss``, with the factor
+that the Trainer puts on the loss it is given.
 """
 
 import os
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
-from alum_kernels.adversarial.heads import IGNORED_LABEL
+from alum_kernels.adversarial.labels import IGNORED_LABEL
 from alum_kernels.adversarial.objectives import AdversarialObjective
 
 try:
@@ -46,6 +49,9 @@ class AdversarialTrainer(Trainer):
     A language model with a linear head is trained without its logits (:class:`AdversarialObjective`): in training its
     outputs then have none, and its loss is computed beside the model. A loss outside the model (``compute_loss_func``,
     label smoothing) keeps the logits.
+
+    Schedules go by the Trainer's steps, a teacher follows its optimizer, and methods that replay a batch make an
+    optimizer step (with gradient clipping) after each replay; the learning rate schedule counts batches.
 
     Runs in one process or under ``DistributedDataParallel``.
 
@@ -95,10 +101,16 @@ class AdversarialTrainer(Trainer):
         super().__init__(model, args, *rest, **kwargs)
         self.adversarial = adversarial
         self._check_distribution()
+        if adversarial.backward == "replay" and self.args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"args: expected gradient_accumulation_steps 1 for {adversarial.method}, which updates the model "
+                f"at each replay of a batch, got {self.args.gradient_accumulation_steps}"
+            )
         self.objective = self.create_objective(self.model)
         self._noise_seed: Tensor | None = None
         self._noise_step: tuple[TrainerState, int] | None = None
         self._noise_samples = 0
+        self._followed: torch.optim.Optimizer | None = None
 
     def create_objective(self, model: nn.Module) -> AdversarialObjective:
         """The objective of a model; override it to name a head that is not recognised from the model's class."""
@@ -110,6 +122,7 @@ class AdversarialTrainer(Trainer):
         if self.objective is not None:
             self.objective.remove_hooks()
             self.objective = self.create_objective(model)
+            self._followed = None
         return model
 
     def compute_loss(
@@ -137,7 +150,7 @@ class AdversarialTrainer(Trainer):
 
         outside = self.compute_loss_func is not None or self.label_smoother is not None
 
-        def clean_pass() -> tuple[Tensor, Any]:
+        def run_task() -> tuple[Tensor, Any]:
             # losses outside the model divide by the count that they are given; heads take the mean
             counts = items is not None and outside
             loss, outputs = super(AdversarialTrainer, self).compute_loss(
@@ -152,12 +165,47 @@ class AdversarialTrainer(Trainer):
             return (loss if items is None else torch.where(items > 0, loss, 0)), outputs
 
         self.objective.model = model
+        self._keep_pace()
         seed, sample_offset = self._place_of(find_batch_size(batch))
+        share = self._accumulation_share(num_items_in_batch)
+
+        def of_step(loss: Tensor) -> Tensor:
+            return loss if items is None else loss * (items * processes) / num_items_in_batch
+
         result = self.objective.forward(
-            batch, clean_pass=clean_pass, standard_loss=not outside, seed=seed, sample_offset=sample_offset
+            batch,
+            run_task=run_task,
+            standard_loss=not outside,
+            seed=seed,
+            sample_offset=sample_offset,
+            backward=lambda earlier: self.accelerator.backward(of_step(earlier) * share),
+            update=self._update if self.adversarial.backward == "replay" else None,
         )
-        loss = result.loss if items is None else result.loss * (items * processes) / num_items_in_batch
+        loss = of_step(result.loss)
         return (loss, result.outputs) if return_outputs else loss
+
+    def _keep_pace(self) -> None:
+        """Tell the objective the Trainer's step, and its teacher the optimizer."""
+        self.objective.set_progress(self.state.global_step, self.state.max_steps)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.adversarial.proximal > 0 and self._followed is not optimizer:
+            self.objective.follow(optimizer)
+            self._followed = optimizer
+
+    def _accumulation_share(self, num_items_in_batch: Tensor | int | None) -> float:
+        """The factor that the parent puts on the loss of a micro-batch."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        return 1.0 if scaled else 1.0 / self.current_gradient_accumulation_steps
+
+    def _update(self) -> None:
+        """An optimizer step between two replays of a batch."""
+        if self.args.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The parent's, with the telemetry since the last training log."""

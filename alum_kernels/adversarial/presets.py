@@ -1,0 +1,347 @@
+"""The published methods as settings of :class:`alum_kernels.adversarial.config.AdversarialConfig`.
+
+Notation: e clean embeddings, delta the perturbation, L the task's loss, f the prediction, g a gradient with respect to
+the perturbed embeddings, sKL the symmetric KL divergence, Pi the projection into the ball of radius epsilon.
+"""
+
+from typing import Any, NamedTuple, Self
+
+from alum_kernels.ops.checks import check_choice
+
+
+class FreeLBSetting(NamedTuple):
+    """Constants of one GLUE task: ascent steps, step size alpha, length of the first noise, radius epsilon (l2)."""
+
+    steps: int
+    step_size: float
+    noise: float
+    epsilon: float
+
+
+FREELB_GLUE = {
+    "cola": FreeLBSetting(3, 2.5e-2, 4e-1, 3e-1),
+    "mnli": FreeLBSetting(2, 1e-1, 1e-1, 3e-1),
+    "mrpc": FreeLBSetting(3, 4e-2, 6.4e-1, 4e-1),
+    "qnli": FreeLBSetting(2, 1e-1, 2e-1, 2e-1),
+    "qqp": FreeLBSetting(2, 1.5e-1, 3.2e-1, 6.2e-1),
+    "rte": FreeLBSetting(3, 6e-2, 1.6e-1, 1.4e-1),
+    "sst-2": FreeLBSetting(2, 1e-1, 1.0, 6e-1),
+    "sts-b": FreeLBSetting(3, 1e-1, 1.6e-1, 2.8e-1),
+}
+"""FreeLB's constants for RoBERTa-large: the settings that the authors' launch scripts run
+(https://github.com/zhuchen03/FreeLB, fairseq-RoBERTa/launch/FreeLB; QNLI and QQP those of the fp16 scripts, RTE the
+released setting, which the script has commented out). A step count there is one of ascents; the paper's K counts the
+passes, one more."""
+
+PRESETS = (
+    "alum_pretraining",
+    "alum_continual",
+    "alum_finetuning",
+    "smart",
+    "mtdnn",
+    "freelb",
+    "pgd",
+    "fgm",
+    "freeat",
+    "yopo",
+    "vat",
+    "sift",
+    "r3f",
+    "rdrop",
+    "neftune",
+)
+"""Names of the classmethods of :class:`Presets`."""
+
+
+class Presets:
+    """Constructors of a config with published constants; keyword arguments change single fields."""
+
+    @classmethod
+    def alum_pretraining(cls, **changes: Any) -> Self:
+        """ALUM for pre-training: alpha 10, sigma = epsilon = 1e-5, eta = 1e-3, K = 1, raw gradient, clip.
+
+            loss = L(e) + alpha sKL(f(e + delta), f(e)),  delta = Pi(delta_0 + eta g),  delta_0 ~ N(0, sigma^2)
+
+        The paper's curriculum runs the standard objective first: ``start=0.5`` for its second half.
+
+        With these published constants the ascent barely moves delta: the gradient of the divergence at 1e-5 is so small
+        that eta times it is about 1e-6 of delta's own length on a pretrained six-layer model, and the clip halves the
+        divergence. The telemetry's ascent gain shows it. ``normalize="linf"`` or ``"sign"`` climbs.
+
+        Source: Liu et al., arXiv:2004.08994, Algorithm 1 and section 4.1.
+        """
+        return cls._preset("alum_pretraining", changes, alpha=10.0)
+
+    @classmethod
+    def alum_continual(cls, **changes: Any) -> Self:
+        """ALUM for continual pre-training from a trained model: :meth:`alum_pretraining`, from the first step on.
+
+        Source: Liu et al., arXiv:2004.08994, section 4.1 (100,000 steps from RoBERTa).
+        """
+        return cls._preset("alum_continual", changes, alpha=10.0)
+
+    @classmethod
+    def alum_finetuning(cls, **changes: Any) -> Self:
+        """ALUM for fine-tuning: as :meth:`alum_pretraining` with alpha 1, and as barely moving.
+
+        Source: Liu et al., arXiv:2004.08994, Algorithm 1 and section 4.1.
+        """
+        return cls._preset("alum_finetuning", changes, alpha=1.0)
+
+    @classmethod
+    def smart(cls, *, norm: str = "linf", **changes: Any) -> Self:
+        """SMART: smoothness-inducing regulariser, and Bregman proximal point updates where ``proximal`` is mu > 0.
+
+            loss = L(e) + lambda sKL(f(e + delta), f(e)) + mu sKL(f(e), f(e; teacher))
+            delta = Pi(delta_0 + eta g / ||g||)               per sequence, in the ball of p = inf ("linf") or 2 ("l2")
+            teacher <- beta teacher + (1 - beta) model            every S optimizer steps; beta = 0: the model as it was
+
+        epsilon = sigma = 1e-5, eta = 1e-3, lambda 1 (of 1, 3, 5). The paper's proximal setting is ``proximal=1.0,
+        proximal_momentum=((0.1, 0.99), (0.1, 0.999))``: beta 0.99 in the first tenth, then 0.999. Regression heads use
+        the squared error. In the l2 ball the gradient is divided by its Euclidean norm.
+
+        Source: Jiang et al., arXiv:1911.03437, equations 1 to 5, Algorithm 1 and section 4.1.
+        """
+        check_choice("norm", norm, ("linf", "l2"))
+        return cls._preset("smart", changes, norm=norm, normalize=norm, level="sequence")
+
+    @classmethod
+    def mtdnn(cls, **changes: Any) -> Self:
+        """What the official ALUM and SMART code computes, for people who reproduce it.
+
+            delta = (delta_0 + eta g) / (max|delta_0 + eta g| + 1e-6)       per token; level="sequence" per sentence
+
+        The raw gradient step is followed by a rescaling of delta to an infinity norm near 1 (not by a clip to 1e-5),
+        the ascent climbs the one-sided KL, training detaches the targets and dropout is independent in every pass.
+
+        Source: the SmartPerturbation class of https://github.com/namisan/mt-dnn (mt_dnn/perturbation.py).
+        """
+        return cls._preset(
+            "mtdnn",
+            changes,
+            norm="linf_rescale",
+            ascent_divergence="kl",
+            gradient="detach_targets",
+            dropout="independent",
+        )
+
+    @classmethod
+    def freelb(cls, task: str = "rte", **changes: Any) -> Self:
+        """FreeLB: the task's loss along the ascent, every pass of which trains with 1/(K + 1) of the gradient.
+
+            delta_0 = noise U(-1, 1) / sqrt(n), n valid elements;  delta <- Pi(delta + alpha g / ||g||), l2 per sequence
+            loss = 1/(K + 1) sum over t = 0 .. K of L(e + delta_t)
+
+        The ascent is free: one backward gives the gradients of the parameters and of delta. Dropout masks are shared by
+        the passes, on any model. Needs :meth:`AdversarialObjective.backward`.
+
+        Args:
+            task: GLUE task whose constants are taken, of ``FREELB_GLUE``.
+
+        Source: Zhu et al., arXiv:1909.11764, Algorithm 1; constants: ``FREELB_GLUE``.
+        """
+        setting = _glue_setting(task)
+        return cls._preset("freelb", changes, **_SUPERVISED, **_in_l2_ball(setting), backward="accumulate")
+
+    @classmethod
+    def pgd(cls, task: str = "rte", **changes: Any) -> Self:
+        """Projected gradient descent: trains on the task's loss at the end of a K-step ascent.
+
+            loss = L(e + delta_K),  delta as in :meth:`freelb`
+
+        Source: Madry et al., arXiv:1706.06083, equation 2.1, as compared by Zhu et al., arXiv:1909.11764; constants:
+        ``FREELB_GLUE``, whose launch scripts for PGD have the same ones but for CoLA, MNLI and QNLI.
+        """
+        return cls._preset("pgd", changes, **_SUPERVISED, **_in_l2_ball(_glue_setting(task)))
+
+    @classmethod
+    def fgm(cls, **changes: Any) -> Self:
+        """The fast gradient method on text: the clean loss and that one normalised gradient step away.
+
+            loss = L(e) + L(e + epsilon g / ||g||),  g = dL/de, l2 per sequence
+
+        The backward of the clean pass gives g, so a step costs two of the standard ones. epsilon is 5, for embeddings
+        normalised to mean 0 and variance 1: elsewhere set ``step_size`` and ``epsilon``, or ``units="std"``. Needs
+        :meth:`AdversarialObjective.backward`.
+
+        Source: Miyato et al., arXiv:1605.07725, equations 5 and 6.
+        """
+        ball = {"std": 0.0, "step_size": 5.0, "epsilon": 5.0, "norm": "l2", "normalize": "l2", "level": "sequence"}
+        weights = {**_SUPERVISED, "adversarial_weight": 2.0}  # each of the two passes has half of it
+        return cls._preset("fgm", changes, **weights, **ball, backward="accumulate")
+
+    @classmethod
+    def freeat(cls, task: str = "rte", **changes: Any) -> Self:
+        """Free adversarial training: every minibatch is replayed, parameters and delta both climb at each replay.
+
+            K + 1 times, of one backward:  parameters <- optimizer(dL(e + delta)),  delta <- Pi(delta + alpha g / ||g||)
+
+        Each batch begins with a new delta, as in the comparison of the FreeLB paper: one that is kept from batch to
+        batch, as for images, would belong to other tokens. Dropout is drawn anew at each replay. Needs
+        :meth:`AdversarialObjective.backward` with ``update=``.
+
+        Source: Shafahi et al., arXiv:1904.12843, Algorithm 1; constants: ``FREELB_GLUE``.
+        """
+        ball = _in_l2_ball(_glue_setting(task))
+        return cls._preset("freeat", changes, **_SUPERVISED, **ball, backward="replay", dropout="independent")
+
+    @classmethod
+    def yopo(cls, task: str = "rte", **changes: Any) -> Self:
+        """YOPO-m-n: :meth:`freelb` whose ascents take n steps through the first layer alone.
+
+            p = dL/df_0(e + delta);  n times:  delta <- Pi(delta + alpha h / ||h||),  h = d(p . f_0(e + delta))/d delta
+
+        p comes from the backward that trains; m is ``steps``, n is ``inner_steps``, 3. f_0 ends at the model's first
+        transformer layer, or at the module that ``first_layer`` names. Needs :meth:`AdversarialObjective.backward`.
+
+        Source: Zhang et al., arXiv:1905.00877, Algorithm 1, as compared by Zhu et al., arXiv:1909.11764; constants:
+        ``FREELB_GLUE`` (the launch scripts divide the step by n for MRPC, and halve it for RTE).
+        """
+        return cls._preset(
+            "yopo",
+            changes,
+            **_SUPERVISED,
+            **_in_l2_ball(_glue_setting(task)),
+            backward="accumulate",
+            inner_steps=3,
+        )
+
+    @classmethod
+    def vat(cls, **changes: Any) -> Self:
+        """Virtual adversarial training: a power iteration for the direction of largest KL, without labels.
+
+            loss = L(e) + KL(f(e) || f(e + epsilon d)),  d <- g / ||g|| at e + xi d,  l2 per sequence, f(e) constant
+
+        xi 0.1 and epsilon 5 are for embeddings normalised to mean 0 and variance 1: elsewhere set ``std``,
+        ``step_size`` and ``epsilon``, or ``units="std"``. The first direction has the length xi on average.
+
+        Source: Miyato et al., arXiv:1704.03976, equations 5 to 8; on text arXiv:1605.07725, equations 7 and 8.
+        """
+        return cls._preset(
+            "vat",
+            changes,
+            divergence="kl",
+            ascent_divergence="kl",
+            gradient="detach_clean",
+            update="replace",
+            std=0.1,
+            noise_level="group",
+            step_size=5.0,
+            epsilon=5.0,
+            norm="l2",
+            normalize="l2",
+            level="sequence",
+        )
+
+    @classmethod
+    def sift(cls, **changes: Any) -> Self:
+        """Scale-invariant fine-tuning: ALUM's regulariser on embeddings normalised to mean 0 and variance 1.
+
+            delta = delta_0 + eta g / max|g| per token, added to the normalised input of the embeddings' layer norm
+
+        A layer norm gives the same for its input and for the normalised input, so the perturbation is added in units of
+        each token's standard deviation and the clean pass stays as it is. delta_0 ~ N(0, 1e-2) (the authors' code cuts
+        it off at twice that), eta 1e-4, no ball; the embeddings before the layer norm are not trained by the perturbed
+        pass, targets are detached, dropout is independent; weight 5.
+
+        Source: He et al., arXiv:2006.03654, section 4; constants: https://github.com/microsoft/DeBERTa (DeBERTa/sift).
+        """
+        return cls._preset(
+            "sift",
+            changes,
+            alpha=5.0,
+            std=1e-2,
+            step_size=1e-4,
+            norm="none",
+            normalize="linf",
+            units="std",
+            site="embedding_norm_input",
+            detach_embeddings=True,
+            gradient="detach_targets",
+            dropout="independent",
+        )
+
+    @classmethod
+    def r3f(cls, **changes: Any) -> Self:
+        """R3F: noise only, no ascent; the control in every comparison of adversaries.
+
+            loss = L(e) + lambda sKL(f(e + delta_0), f(e))
+
+        Normal noise; ``distribution="uniform"`` is the paper's other choice.
+
+        Source: Aghajanyan et al., arXiv:2008.03156, equation 3 (sigma 1e-5, lambda 1).
+        """
+        return cls._preset("r3f", changes, steps=0, step_size=0.0, norm="none")
+
+    @classmethod
+    def rdrop(cls, **changes: Any) -> Self:
+        """R-Drop: two passes that differ in their dropout alone, trained to agree; the control without any noise.
+
+            loss = L(f_1) + L(f_2) + alpha/2 sKL(f_1, f_2)
+
+        ``alpha`` of this config is the published alpha/2; 0.5 stands for the published 1.
+
+        Source: Liang et al., arXiv:2106.14448, equations 1 to 3.
+        """
+        return cls._preset(
+            "rdrop",
+            changes,
+            alpha=0.5,
+            adversarial_weight=1.0,
+            steps=0,
+            std=0.0,
+            step_size=0.0,
+            norm="none",
+            dropout="independent",
+        )
+
+    @classmethod
+    def neftune(cls, **changes: Any) -> Self:
+        """NEFTune: the task's loss at noisy embeddings; one pass.
+
+            loss = L(e + delta_0),  delta_0 = alpha U(-1, 1) / sqrt(n),  n elements of the sequence's valid tokens
+
+        ``std`` is the published alpha, 5 (of 5, 10, 15).
+
+        Source: Jain et al., arXiv:2310.05914, Algorithm 1.
+        """
+        return cls._preset(
+            "neftune",
+            changes,
+            alpha=0.0,
+            clean_weight=0.0,
+            adversarial_weight=1.0,
+            steps=0,
+            std=5.0,
+            distribution="uniform",
+            noise_level="group",
+            step_size=0.0,
+            norm="none",
+            level="sequence",
+        )
+
+    @classmethod
+    def _preset(cls, method: str, changes: dict[str, Any], **fields: Any) -> Self:
+        return cls.from_dict({"method": method, **fields, **changes})
+
+
+_SUPERVISED = {"alpha": 0.0, "clean_weight": 0.0, "adversarial_weight": 1.0, "ascent": "task"}
+
+
+def _in_l2_ball(setting: FreeLBSetting) -> dict[str, Any]:
+    return {
+        "steps": setting.steps,
+        "std": setting.noise,
+        "distribution": "uniform",
+        "noise_level": "group",
+        "step_size": setting.step_size,
+        "epsilon": setting.epsilon,
+        "norm": "l2",
+        "normalize": "l2",
+        "level": "sequence",
+    }
+
+
+def _glue_setting(task: str) -> FreeLBSetting:
+    check_choice("task", task, tuple(FREELB_GLUE))
+    return FREELB_GLUE[task]

@@ -1,0 +1,78 @@
+"""Bregman proximal point updates: the model may not move far, in what it predicts, from a teacher that follows it.
+
+    loss += mu D(f(x; model), f(x; teacher))
+    teacher <- beta teacher + (1 - beta) model        every S optimizer steps
+
+beta = 0 is the proximal point method (the teacher is the model as it was), beta > 0 its momentum-accelerated form.
+With beta = 0 and S = 1 the teacher equals the model at every step, and the term has no gradient but under dropout that
+differs between their passes.
+
+Source: Jiang et al., arXiv:1911.03437, section 3.2.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alum_kernels.adversarial.hooks import unwrap
+
+
+class BregmanProximal:
+    """The teacher of one model: a second set of its trained parameters.
+
+    Kept in fp32 (fp64 for fp64 parameters): in bf16 an average with beta = 0.999 would stand still.
+
+    Args:
+        model: the model; what it is when the teacher is made is the first teacher.
+        interval: optimizer steps S between two updates.
+        momentum: beta of the moment.
+    """
+
+    def __init__(self, model: nn.Module, interval: int, momentum: Callable[[], float]) -> None:
+        self._model, self._interval, self._momentum = model, interval, momentum
+        self._steps = 0
+        self._teacher = {
+            name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+            for name, parameter in unwrap(model).named_parameters()
+            if parameter.requires_grad
+        }
+
+    def forward(self, inputs: Mapping[str, Any]) -> Any:
+        """What the model returns with the teacher's parameters."""
+        inner = unwrap(self._model)
+        own = dict(inner.named_parameters())
+        weights = {name: weight.to(own[name]) for name, weight in self._teacher.items()}
+        return torch.func.functional_call(inner, weights, (), dict(inputs))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """An optimizer step was made; every S of them the teacher follows."""
+        self._steps += 1
+        if self._steps % self._interval:
+            return
+        beta = self._momentum()
+        own = dict(unwrap(self._model).named_parameters())
+        for name, weight in self._teacher.items():
+            weight.lerp_(own[name].to(weight), 1 - beta)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher, for a checkpoint."""
+        return {"steps": self._steps, "teacher": {name: weight.clone() for name, weight in self._teacher.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint's teacher.
+
+        Raises:
+            ValueError: it has other parameters than this model.
+        """
+        given: Mapping[str, Tensor] = state["teacher"]
+        if set(given) != set(self._teacher):
+            differing = sorted(set(given) ^ set(self._teacher))
+            raise ValueError(
+                f"teacher: expected the trained parameters of the model, got others: {', '.join(differing)}"
+            )
+        for name, weight in self._teacher.items():
+            weight.copy_(given[name])
+        self._steps = state["steps"]
