@@ -26,7 +26,6 @@ from examples import corpora, report, training
 
 ATTACK_RADIUS = 5e-3
 ATTACK_STEPS = 3
-SEARCH_STEPS = 5
 
 PRE_TRAINING = {"standard": None, "alum_pretraining": AdversarialConfig.alum_pretraining()}
 """The paper's curriculum: standard training first, ALUM from where it ended."""
@@ -162,10 +161,10 @@ def fine_tune(chosen: argparse.Namespace, tokenizer, task: corpora.Classificatio
 
 def evaluate(model, batches: list[training.Batch], run: training.Run) -> None:
     progress = tqdm(batches, desc="  held-out text and attack", unit="batch", leave=False, dynamic_ncols=True)
-    ball = {"epsilon": ATTACK_RADIUS, "norm": "linf", "level": "token"}
-    robustness = accuracy_under_attack(model, progress, steps=ATTACK_STEPS, **ball)
-    run.loss_increase = largest_loss_increase(model, batches[:1], steps=SEARCH_STEPS, restarts=1, **ball)
-    run.smoothness = local_smoothness(model, batches[:1], steps=ATTACK_STEPS, **ball)
+    search = {"epsilon": ATTACK_RADIUS, "steps": ATTACK_STEPS, "norm": "linf", "level": "token"}
+    robustness = accuracy_under_attack(model, progress, **search)
+    run.loss_increase = largest_loss_increase(model, batches[:1], restarts=1, **search)
+    run.smoothness = local_smoothness(model, batches[:1], **search)
     run.figures.update(
         loss=robustness.clean_loss,
         accuracy=robustness.clean_accuracy,
