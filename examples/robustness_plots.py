@@ -5,7 +5,7 @@ Every function returns a (title, PNG in base64) pair, as the pages of :mod:`exam
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from alum_kernels.evaluation import LossIncreaseComparison, RobustnessReport, SmoothnessReport
@@ -79,24 +79,17 @@ def accuracy_curves(
 
 
 def smoothness(reports: Mapping[str, SmoothnessReport], title: str = "Local smoothness") -> Plot:
-    """Mean divergence of the predictions at random and at ascended perturbations, a pair of bars a model."""
-    names = list(reports)
-    figure, axis = pyplot().subplots(figsize=(8, 0.9 + 0.7 * len(names)))
-    _pairs(
-        axis,
-        names,
-        {
-            "random": [reports[name].random_mean for name in names],
-            "ascended": [reports[name].ascended_mean for name in names],
-        },
-    )
-    axis.set(title=f"{title}: mean symmetric KL inside the ball, less is smoother", xscale="log")
-    return title, encoded(figure)
-
-
-def _pairs(axis: Any, names: Sequence[str], bars: Mapping[str, Sequence[float]]) -> None:
-    for offset, (label, lengths) in zip((-0.2, 0.2), bars.items(), strict=True):
-        axis.barh([index + offset for index in range(len(names))], lengths, height=0.38, label=label)
-    axis.set_yticks(range(len(names)), names)
+    """Mean divergence of the predictions at random and at ascended perturbations, a pair of points a model."""
+    figure, axis = pyplot().subplots(figsize=(8, 0.9 + 0.5 * len(reports)))
+    places = list(range(len(reports)))
+    random = [report.random_mean for report in reports.values()]
+    ascended = [report.ascended_mean for report in reports.values()]
+    axis.hlines(places, random, ascended, color="#999", linewidth=1)
+    axis.plot(random, places, "o", label="random")
+    axis.plot(ascended, places, "o", label="ascended")
+    axis.set_yticks(places, list(reports))
+    axis.set(title=title, xlabel="mean symmetric KL inside the ball, less is smoother", xscale="log")
+    axis.margins(y=0.3)
     axis.invert_yaxis()
-    axis.legend()
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return title, encoded(figure)

@@ -73,11 +73,13 @@ def test_a_curve_starts_at_the_clean_accuracy_and_is_in_order_of_the_radius(draw
     assert right.get_title() == "linf ball"
 
 
-def test_smoothness_is_a_pair_of_bars_a_model(drawn):
+def test_smoothness_is_a_pair_of_points_a_model(drawn):
     _, image = robustness_plots.smoothness({"standard": smooth(1.0), "ours": smooth(0.1)})
     assert is_png(image)
     (axis,) = drawn[0]
-    assert [bar.get_width() for bar in axis.patches] == pytest.approx([3.0, 0.3, 12.0, 1.2])
+    found = {line.get_label(): list(line.get_xdata()) for line in axis.lines}
+    assert found["random"] == pytest.approx([3.0, 0.3])
+    assert found["ascended"] == pytest.approx([12.0, 1.2])
 
 
 def test_the_table_compares_what_all_methods_get_right(tmp_path):
