@@ -72,6 +72,7 @@ def accuracy_curves(
             shares = [reports[radii[0]].clean_accuracy, *(reports[radius].attacked_accuracy for radius in radii)]
             axis.plot([0.0, *radii], shares, marker="o", label=name)
         axis.set(title=f"{norm} ball", xlabel="radius", ylim=(0, 1))
+        axis.locator_params(axis="x", nbins=6)
         axis.legend()
     axes[0][0].set_ylabel("accuracy")
     figure.suptitle(title)
