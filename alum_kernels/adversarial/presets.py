@@ -227,9 +227,8 @@ class Presets:
         sign, from uniform noise in the ball, are this library's. gamma is of second order in delta: at SMART's 1e-5 it
         would be rounding noise, and in bf16 the ball has to be larger; ``signal_check_interval`` measures it.
 
-        SMART speaks of an alternative form of its regulariser. No text of the paper that could be compared has one of
-        second order, and this one follows Qin et al.; the form with labels, the largest loss of the task in the ball,
-        is ``adversarial_weight`` with ``ascent="task"``, as in :meth:`pgd`.
+        The second-order counterpart of :meth:`smart`'s regulariser; that of the labels, the largest loss of the task in
+        the ball, is ``adversarial_weight`` with ``ascent="task"``, as in :meth:`pgd`.
 
         Source: Qin et al., arXiv:1907.02610, the local linearity regulariser.
         """
