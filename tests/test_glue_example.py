@@ -417,7 +417,7 @@ def test_every_method_trains_every_kind_of_task(method, tokenizer, tiny_model, t
 def test_a_method_that_has_no_meaning_for_a_task_is_refused_before_it_is_trained(tiny_model, tmp_path):
     data = read_task("cola", cola_files(tmp_path))
     config = AdversarialConfig.alum_finetuning(modules=("absent",))
-    with pytest.raises(MethodError, match="method alum_finetuning: not for BertForSequenceClassification: .*absent"):
+    with pytest.raises(MethodError, match=r"method alum_finetuning: not for BertForSequenceClassification: .*absent"):
         check_methods(data, [None, config], Start(str(tiny_model), 1e-3, torch.device("cpu")))
 
 
