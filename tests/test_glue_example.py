@@ -219,12 +219,27 @@ def test_a_part_is_the_same_at_every_draw_and_development_goes_from_short_to_lon
 
 @needs_real_data
 @pytest.mark.parametrize(
-    ("task", "train", "dev"),
-    [("cola", 8551, 1043), ("rte", 2490, 277), ("mrpc", 3668, 408), ("stsb", 5749, 1500), ("ner", 5424, 923)],
+    ("task", "folder", "heads", "dev"),
+    [
+        ("cola", "glue/CoLA", 0, 1043),
+        ("rte", "glue/RTE", 1, 277),
+        ("mrpc", "glue/MRPC", 1, 408),
+        ("stsb", "glue/STS-B", 1, 1500),
+        ("sst2", "glue/SST-2", 1, 872),
+    ],
 )
-def test_published_files_are_read_whole(task, train, dev):
+def test_published_files_are_read_whole(task, folder, heads, dev):
     data = read_task(task, REAL_DATA)
-    assert (len(data.train), len(data.dev)) == (train, dev)
+    lines = (REAL_DATA / folder / "train.tsv").read_bytes().rstrip(b"\n").split(b"\n")
+    assert (len(data.train), len(data.dev)) == (len(lines) - heads, dev)
+
+
+@needs_real_data
+def test_published_entities_are_read_whole():
+    data = read_task("ner", REAL_DATA)
+    content = (REAL_DATA / "ncbi-disease" / "train.tsv").read_bytes()
+    assert (len(data.train), len(data.dev)) == (5424, 923)
+    assert sum(map(len, data.train.words)) == sum(b"\t" in line for line in content.split(b"\n"))
 
 
 @needs_real_data
