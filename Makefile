@@ -45,6 +45,7 @@ gpu-check:
 clean:
 	rm -rf $(VENV) build demo-output *.egg-info alum_kernels/_C*.so alum_kernels/_build.json
 
+# setuptools-scm: seqeval comes as a source that is built without isolation.
 # A torch that the interpreter already has is kept, whatever it was built for: the new environment sees the place where it
 # lies (also where the interpreter is itself one of a virtual environment), and pip may not put another one beside it.
 $(VENV)/.torch:
@@ -52,7 +53,7 @@ $(VENV)/.torch:
 	@if found=$$($(PYTHON) -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])" 2>/dev/null); then \
 	  echo "with the torch in $$found"; \
 	  echo "$$found" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/inherited.pth"; fi
-	$(BIN)/pip install -q --upgrade pip "setuptools>=77" wheel cmake ninja pybind11 numpy
+	$(BIN)/pip install -q --upgrade pip "setuptools>=77" setuptools-scm wheel cmake ninja pybind11 numpy
 	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "installing $(TORCH)"; $(BIN)/pip install -q $(TORCH); }
 	@$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/constraints.txt
 	@touch $@

@@ -1,6 +1,6 @@
 """Does adversarial training help? Quality of fine-tuned models, at equal steps and at equal time, against the cost.
 
-    python -m benchmarks.quality --data FOLDER                     CoLA on a CPU: seven methods, three seeds, two modes
+    python -m benchmarks.quality --data FOLDER                     SST-2 on a CPU: seven methods, three seeds, two modes
     python -m benchmarks.quality --data FOLDER --full              every task, five seeds: for a GPU
     python -m benchmarks.quality --data FOLDER --resume            goes on where it was interrupted
     python -m benchmarks.quality --plot benchmarks/results/FILE.json
@@ -46,13 +46,13 @@ from examples.spread import Spread
 from examples.training import MethodError
 
 METHODS = "standard,r3f,alum_finetuning,alum_linf,alum_sign,smart_proximal,freelb"
-SMALL = {"tasks": "cola", "seeds": 3, "steps": 60, "epochs": None, "length": 24, "attack_examples": 128, "rounds": 7}
+SMALL = {"tasks": "sst2", "seeds": 3, "steps": 40, "epochs": None, "length": 40, "attack_examples": 96, "rounds": 7}
 FULL = {
     "tasks": ",".join(TASKS), "seeds": 5, "steps": 1000, "epochs": 3.0, "length": 128, "attack_examples": 512,
     "rounds": 15,
 }  # fmt: skip
 INTERRUPTED = 130
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 2e-4
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:

