@@ -256,10 +256,10 @@ class AdversarialObjective:
 
         started = progress.started(config.start)
         alpha = config.alpha * progress.value("alpha_schedule", config.alpha_schedule) if started else 0.0
-        adversarial_weight = config.adversarial_weight if started else 0.0
+        clean_weight, adversarial_weight = (config.clean_weight, config.adversarial_weight) if started else (1.0, 0.0)
         if not (alpha > 0 or adversarial_weight > 0 or proximal is not None):
             loss, outputs, _ = task()
-            return StepResult(loss, loss, torch.zeros((), device=loss.device), None, None, outputs)
+            return StepResult(clean_weight * loss, loss, torch.zeros((), device=loss.device), None, None, outputs)
         self._constants.scale(progress.value("epsilon_schedule", config.epsilon_schedule))
         step = Step(
             config=config,
@@ -280,6 +280,7 @@ class AdversarialObjective:
             random=RandomState(device) if config.dropout == "shared" else None,
             telemetry=self.telemetry,
             alpha=alpha,
+            clean_weight=clean_weight,
             adversarial_weight=adversarial_weight,
             check_signal=config.signal_check_interval > 0 and self._steps % config.signal_check_interval == 0,
         )

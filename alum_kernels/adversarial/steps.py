@@ -68,7 +68,8 @@ class Step:
         perturbation: of this batch.
         random: state of dropout's generators that every pass begins with; None lets each pass draw its own.
         telemetry: takes the figures.
-        alpha, adversarial_weight: weights of the divergence and of the perturbed task's loss in this step.
+        alpha, clean_weight, adversarial_weight: weights of the divergence, the task's loss and the perturbed task's
+            loss in this step.
         check_signal: measure the divergence at half the perturbation as well.
     """
 
@@ -82,6 +83,7 @@ class Step:
     random: RandomState | None
     telemetry: Telemetry
     alpha: float
+    clean_weight: float
     adversarial_weight: float
     check_signal: bool = False
 
@@ -139,9 +141,9 @@ def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult
     task = proximity = adversarial_loss = start = None
     perturbs = step.alpha > 0 or step.adversarial_weight > 0
     climbs_divergence = perturbs and config.climbs_divergence
-    if config.clean_weight > 0 or step.alpha > 0 or climbs_divergence or proximal is not None:
+    if step.clean_weight > 0 or step.alpha > 0 or climbs_divergence or proximal is not None:
         task = step.run_clean()
-    parts = [] if task is None or config.clean_weight == 0 else [config.clean_weight * task.loss]
+    parts = [] if task is None or step.clean_weight == 0 else [step.clean_weight * task.loss]
     if proximal is not None:
         teacher = step.predict_by(lambda: proximal.forward(step.inputs))
         proximity = mean_divergences(task.predictions, teacher, config.replace(gradient="detach_clean")).sum()
