@@ -25,6 +25,7 @@ OPS = (
     ("symmetric_kl_grad", "symmetric_kl", None),
     ("kl", "symmetric_kl", "kl"),
     ("js", "symmetric_kl", "js"),
+    ("squared_hellinger", "symmetric_kl", "squared_hellinger"),
     ("linear_symmetric_kl", "linear_symmetric_kl", None),
     ("linear_kl", "linear_symmetric_kl", "kl"),
 )

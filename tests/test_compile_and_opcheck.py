@@ -5,7 +5,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from alum_kernels import js, kl, noise_init, projected_ascent, squared_error, symmetric_kl, symmetric_kl_grad
+from alum_kernels import (
+    js,
+    kl,
+    noise_init,
+    projected_ascent,
+    squared_error,
+    squared_hellinger,
+    symmetric_kl,
+    symmetric_kl_grad,
+)
 
 OPS = torch.ops.alum_kernels
 
@@ -130,6 +139,7 @@ def test_compiled_step_equals_eager(kernel_place, compiler):
         (symmetric_kl, "detach_clean", "sum"),
         (kl, "full", "batchmean"),
         (js, "full", "mean"),
+        (squared_hellinger, "full", "mean"),
     ],
 )
 def test_compiled_reference_equals_eager(function, gradient, reduction):

@@ -15,6 +15,7 @@ from alum_kernels import (
     noise_init,
     projected_ascent,
     squared_error,
+    squared_hellinger,
     symmetric_kl,
     symmetric_kl_grad,
 )
@@ -23,7 +24,8 @@ from alum_kernels.ops.dispatch import BACKENDS, FASTEST, choose, unavailable
 EMBEDS = torch.zeros(2, 3, 4)
 LOGITS = torch.zeros(2, 3, 5)
 AS = r"logits: expected shape \(2, 3, 5\) as adv_logits, got "
-PAIRS = (symmetric_kl, kl, js, squared_error, symmetric_kl_grad)
+DIVERGENCES = (symmetric_kl, kl, js, squared_hellinger, symmetric_kl_grad)
+PAIRS = (*DIVERGENCES, squared_error)
 
 
 def ascent(embeds=EMBEDS, grad=EMBEDS, delta=EMBEDS, **options):
@@ -43,6 +45,7 @@ def test_default_is_the_fastest_that_can_serve():
         able = [b for b in FASTEST[device] if unavailable("noise_init", b, tensor.device, tensor.dtype) is None]
         assert choose("noise_init", None, tensor) == able[0]
         assert choose("symmetric_kl", None, tensor, "js") == "reference"
+        assert choose("symmetric_kl", None, tensor, "squared_hellinger") == "reference"
         assert choose("symmetric_kl", None, tensor.double(), "kl") == "reference"
     assert choose("noise_init", None, EMBEDS.to("meta")) == "reference"
 
@@ -52,7 +55,7 @@ def test_public_functions_are_listed():
     assert all(hasattr(alum_kernels, name) for name in alum_kernels.__all__)
 
 
-@pytest.mark.parametrize("function", [symmetric_kl, kl, js, symmetric_kl_grad])
+@pytest.mark.parametrize("function", DIVERGENCES)
 def test_unknown_backend_lists_the_known_ones(function):
     with pytest.raises(ValueError, match=r"backend: expected one of 'reference', 'native', 'triton', got 'cuda'"):
         function(LOGITS, LOGITS, backend="cuda")
@@ -71,6 +74,8 @@ def test_backend_that_cannot_serve_says_why(backend):
         ascent(*[EMBEDS.double()] * 3, backend=backend)
     with pytest.raises(BackendUnavailableError, match="js is served by the reference backend only"):
         js(LOGITS, LOGITS, backend=backend)
+    with pytest.raises(BackendUnavailableError, match="squared_hellinger is served by the reference backend only"):
+        symmetric_kl_grad(LOGITS, LOGITS, divergence="squared_hellinger", backend=backend)
     with pytest.raises(BackendUnavailableError, match=rf"backend='{backend}' cannot serve noise_init on meta: it .*"):
         noise_init(EMBEDS.to("meta"), seed=torch.zeros(1, dtype=torch.int64, device="meta"), backend=backend)
 
@@ -156,7 +161,7 @@ def test_wrong_logits(function, case):
         function(**arguments)
 
 
-@pytest.mark.parametrize("function", [symmetric_kl, kl, js, symmetric_kl_grad], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", DIVERGENCES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -171,7 +176,7 @@ def test_wrong_temperature(function, options, error, message):
         function(LOGITS, LOGITS, **options)
 
 
-@pytest.mark.parametrize("function", [symmetric_kl, kl, js, symmetric_kl_grad], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", DIVERGENCES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_classes(function, backend):
     empty = torch.zeros(2, 0)
@@ -180,10 +185,27 @@ def test_no_classes(function, backend):
 
 
 def test_wrong_arguments_of_the_loss_with_gradient():
-    with pytest.raises(ValueError, match=r"divergence: expected one of 'symmetric_kl', 'kl', 'js', got 'mse'"):
+    with pytest.raises(
+        ValueError, match=r"divergence: expected one of 'symmetric_kl', 'kl', 'js', 'squared_hellinger', got 'mse'"
+    ):
         symmetric_kl_grad(LOGITS, LOGITS, divergence="mse")
     with pytest.raises(ValueError, match=r"grad_scale: expected a finite number >= 0, got inf"):
         symmetric_kl_grad(LOGITS, LOGITS, grad_scale=float("inf"))
+
+
+@pytest.mark.parametrize("name", ["js", "squared_hellinger"])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_raw_ops_take_no_divergence_for_another(backend, name):
+    """Kernels have a branch for kl and one for the rest: a name that they do not know must not reach them."""
+    ops, rows, statistics = torch.ops.alum_kernels, torch.zeros(2, 3), torch.zeros(5, 2, 3)
+    calls = (
+        lambda: ops.symmetric_kl_loss(LOGITS, LOGITS, None, name, 1.0, backend),
+        lambda: ops.symmetric_kl_gradient(LOGITS, LOGITS, statistics, rows, name, "full", 1.0, True, True, backend),
+        lambda: ops.symmetric_kl_loss_and_gradient(LOGITS, LOGITS, None, name, "full", 1.0, 1.0, True, backend),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"divergence: expected one of 'symmetric_kl', 'kl', got '{name}'"):
+            call()
 
 
 MAGNITUDES = [

@@ -9,7 +9,16 @@ import pytest
 
 import alum_kernels
 
-WITH_EXAMPLE = ("noise_init", "projected_ascent", "squared_error", "symmetric_kl", "symmetric_kl_grad")
+WITH_EXAMPLE = (
+    "noise_init",
+    "projected_ascent",
+    "squared_error",
+    "symmetric_kl",
+    "kl",
+    "js",
+    "squared_hellinger",
+    "symmetric_kl_grad",
+)
 
 
 def modules() -> list[str]:

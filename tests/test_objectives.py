@@ -93,6 +93,7 @@ CASES |= {
     "uniform-sign": MOVED.replace(distribution="uniform", normalize="sign", alpha=10.0),
     "kl-detach-clean": MOVED.replace(divergence="kl", gradient="detach_clean", steps=2),
     "js": MOVED.replace(divergence="js", ascent_divergence="js"),
+    "squared-hellinger": MOVED.replace(divergence="squared_hellinger", ascent_divergence="squared_hellinger"),
     "mixed": MOVED.replace(divergence="kl", ascent_divergence="js", alpha=0.5),
 }
 

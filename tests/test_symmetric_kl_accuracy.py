@@ -10,10 +10,11 @@ import mpmath
 import oracle
 import pytest
 import torch
+from conftest import Place
 
-from alum_kernels import js, kl, symmetric_kl, symmetric_kl_grad
+from alum_kernels import js, kl, squared_hellinger, symmetric_kl, symmetric_kl_grad
 
-DIVERGENCES = {"symmetric_kl": symmetric_kl, "kl": kl, "js": js}
+DIVERGENCES = {"symmetric_kl": symmetric_kl, "kl": kl, "js": js, "squared_hellinger": squared_hellinger}
 PERTURBATIONS = (1e-6, 1e-5, 1e-3, 0.1, 1.0, 10.0)
 WIDE_PERTURBATION = 50.0
 KINDS = {"3randn": (3.0, 0.0), "8randn": (8.0, 0.0), "3randn+24": (3.0, 24.0), "8randn+24": (8.0, 24.0)}
@@ -69,6 +70,13 @@ def test_symmetric_kl(compiled_place, columns, kind):
 @pytest.mark.parametrize("columns", [2, 3, 64, 65, 1000])
 def test_kl(compiled_place, columns, kind):
     check(compiled_place, "kl", columns, ROWS[columns], kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", ROWS)
+@pytest.mark.parametrize("name", ["js", "squared_hellinger"])
+def test_served_by_the_reference(name, columns, kind):
+    check(Place("reference", "cpu"), name, columns, ROWS[columns], kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -134,6 +142,8 @@ def exact(a: torch.Tensor, b: torch.Tensor) -> dict[str, tuple[mpmath.mpf, list,
 
     p_q, q_p = divergence(p, log_p, log_q), divergence(q, log_q, log_p)
     difference = [x - y for x, y in zip(p, q, strict=True)]
+    roots = [mpmath.sqrt(x * y) for x, y in zip(p, q, strict=True)]
+    overlap = mpmath.fsum(roots)
     to_p, to_q = own_side(p, log_p, log_q), own_side(q, log_q, log_p)
     return {
         "symmetric_kl": (
@@ -147,11 +157,16 @@ def exact(a: torch.Tensor, b: torch.Tensor) -> dict[str, tuple[mpmath.mpf, list,
             [x / 2 for x in own_side(p, log_p, log_m)],
             [x / 2 for x in own_side(q, log_q, log_m)],
         ),
+        "squared_hellinger": (
+            1 - overlap,
+            [(x * overlap - root) / 2 for x, root in zip(p, roots, strict=True)],
+            [(x * overlap - root) / 2 for x, root in zip(q, roots, strict=True)],
+        ),
     }
 
 
 def test_oracle_against_fifty_digits():
-    """Value, both gradients, three divergences: what the kernels are measured by has no fault of its own."""
+    """Value, both gradients, every divergence: what the kernels are measured by has no fault of its own."""
     counted = 0
     for a, b in hard_rows():
         # weights of e^-spread lie beside 1, and squares of 1e-30: so many digits more are carried for 50 to be left

@@ -13,7 +13,7 @@ from alum_kernels.adversarial.labels import IGNORED_LABEL, LABEL_KEYS
 from alum_kernels.adversarial.positions import continued_positions, visible_positions
 from alum_kernels.ops.checks import check_choice
 from alum_kernels.ops.squared_error import squared_error
-from alum_kernels.ops.symmetric_kl import js, kl, symmetric_kl, symmetric_kl_grad
+from alum_kernels.ops.symmetric_kl import js, kl, squared_hellinger, symmetric_kl, symmetric_kl_grad
 
 HEADS = (
     "classification",
@@ -39,7 +39,7 @@ _LABEL_OF_FIELD = {
     "end_logits": "end_positions",
 }
 
-_DIVERGENCES = {"symmetric_kl": symmetric_kl, "kl": kl, "js": js}
+_DIVERGENCES = {"symmetric_kl": symmetric_kl, "kl": kl, "js": js, "squared_hellinger": squared_hellinger}
 
 
 @dataclass(frozen=True)

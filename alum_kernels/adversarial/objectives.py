@@ -7,7 +7,6 @@ compared without its logits where its head allows it (``linear_head.py``).
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from alum_kernels.adversarial.first_layer import FirstLayer
 from alum_kernels.adversarial.heads import Head, detect_head
 from alum_kernels.adversarial.hooks import PerturbationHooks, RandomState, device_of, dropout_off, unwrap
 from alum_kernels.adversarial.linear_head import LinearHead, find_linear_head
+from alum_kernels.adversarial.output import AdversarialOutput
 from alum_kernels.adversarial.passes import (
     LinearPasses,
     LogitPasses,
@@ -37,44 +37,6 @@ from alum_kernels.ops.linear_arguments import LINEAR_DIVERGENCES
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 RunTask = Callable[[], tuple[Tensor, Any]]
 Backward = Callable[[Tensor], None]
-
-
-@dataclass(frozen=True)
-class AdversarialOutput:
-    """What a step's passes gave.
-
-    Attributes:
-        loss: to be differentiated. Its value is the step's loss; where every pass trains, its gradient is that of the
-            last one's share (of a replay, value and gradient are the last one's).
-        task_loss: the task's own, detached, at the clean point (where there is no clean pass, the mean of the others).
-        divergence: mean over the compared rows, detached; 0 where nothing is compared.
-        outputs: what the model returned in the clean pass, or in the last one where there is no clean pass.
-        adversarial_loss: the task's loss at the perturbed point, detached; None if the method has no such term.
-        proximal: divergence of the clean prediction from the teacher's, detached; None without a teacher.
-    """
-
-    loss: Tensor
-    task_loss: Tensor
-    divergence: Tensor
-    outputs: Any
-    adversarial_loss: Tensor | None = None
-    proximal: Tensor | None = None
-
-    @property
-    def logits(self) -> Tensor:
-        """Logits of the pass that ``outputs`` is of.
-
-        Raises:
-            ValueError: none were formed.
-        """
-        if isinstance(self.outputs, Tensor):
-            return self.outputs
-        found = self.outputs["logits"] if isinstance(self.outputs, Mapping) else self.outputs.logits
-        if found is None:
-            raise ValueError(
-                "logits: none are formed where a linear head is fused; AdversarialConfig(fused_head=False) forms them"
-            )
-        return found
 
 
 class AdversarialObjective:

@@ -1,12 +1,7 @@
-"""``symmetric_kl`` and its relatives ``kl`` and ``js``: divergences between the softmaxes of two sets of logits.
+"""``symmetric_kl`` and its relatives ``kl``, ``js`` and ``squared_hellinger``: divergences between two softmaxes.
 
-What the ops compute is stated in ``alum_kernels/backends/reference/symmetric_kl.py``. Three kernels a backend:
-
-    loss                   reads both logits, writes the loss of each row and five floats for the backward
-    gradient               from those floats and the upstream gradient of each row, writes the logit gradients
-    loss and gradient      both at once, of one side or of both: for callers who own the upstream factor, as the ascent
-
-Nothing of the size of the logits is kept besides the logits.
+What they compute is stated in ``alum_kernels/backends/reference/symmetric_kl.py``, which kernels compute it in
+``symmetric_kl_kernels.py``. Nothing of the size of the logits is kept besides the logits.
 """
 
 import torch
@@ -14,145 +9,12 @@ from torch import Tensor
 
 from alum_kernels.backends.reference import symmetric_kl as reference
 from alum_kernels.ops import checks
-from alum_kernels.ops.dispatch import LIBRARY, choose, implementation
+from alum_kernels.ops.dispatch import choose
 from alum_kernels.ops.reductions import REDUCTIONS, mask_weight, reduce_rows, row_share
+from alum_kernels.ops.symmetric_kl_kernels import GradientOnce
 
-DIVERGENCES = ("symmetric_kl", "kl", "js")
+DIVERGENCES = ("symmetric_kl", "kl", "js", "squared_hellinger")
 GRADIENTS = ("full", "detach_targets", "detach_clean")
-ROW_STATISTICS = 5
-
-_PT2 = (torch.Tag.pt2_compliant_tag,)
-LIBRARY.define(
-    "symmetric_kl_loss(Tensor a, Tensor b, Tensor? row_weight, str divergence, float inv_temperature, str backend)"
-    " -> (Tensor, Tensor)",
-    tags=_PT2,
-)
-LIBRARY.define(
-    "symmetric_kl_gradient(Tensor a, Tensor b, Tensor statistics, Tensor grad_rows, str divergence, str gradient,"
-    " float inv_temperature, bool wants_a, bool wants_b, str backend) -> (Tensor, Tensor)",
-    tags=_PT2,
-)
-LIBRARY.define(
-    "symmetric_kl_loss_and_gradient(Tensor a, Tensor b, Tensor? row_weight, str divergence, str gradient,"
-    " float inv_temperature, float grad_scale, bool wants_b, str backend) -> (Tensor, Tensor, Tensor)",
-    tags=_PT2,
-)
-
-
-def _unit_columns(logits: Tensor) -> Tensor:
-    """(O, I, V) logits with neighbouring columns; rows may lie anywhere."""
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
-
-
-def _loss(
-    a: Tensor, b: Tensor, row_weight: Tensor | None, divergence: str, inv_temperature: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    rows = torch.empty(a.shape[:2], dtype=torch.float32, device=a.device)
-    statistics = torch.empty((ROW_STATISTICS, *a.shape[:2]), dtype=torch.float32, device=a.device)
-    implementation("symmetric_kl", backend).loss(
-        _unit_columns(a), _unit_columns(b), row_weight, rows, statistics, divergence, inv_temperature
-    )
-    return rows, statistics
-
-
-LIBRARY.impl("symmetric_kl_loss", _loss, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("alum_kernels::symmetric_kl_loss", lib=LIBRARY)
-def _loss_fake(a, b, row_weight, divergence, inv_temperature, backend):
-    rows = a.new_empty(a.shape[:2], dtype=torch.float32)
-    return rows, a.new_empty((ROW_STATISTICS, *a.shape[:2]), dtype=torch.float32)
-
-
-def _gradient(
-    a: Tensor,
-    b: Tensor,
-    statistics: Tensor,
-    grad_rows: Tensor,
-    divergence: str,
-    gradient: str,
-    inv_temperature: float,
-    wants_a: bool,
-    wants_b: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    grad_a = torch.empty(a.shape if wants_a else (0,), dtype=a.dtype, device=a.device)
-    grad_b = torch.empty(b.shape if wants_b else (0,), dtype=b.dtype, device=b.device)
-    implementation("symmetric_kl", backend).gradient(
-        _unit_columns(a),
-        _unit_columns(b),
-        statistics,
-        grad_rows,
-        grad_a,
-        grad_b,
-        divergence,
-        gradient,
-        inv_temperature,
-    )
-    return grad_a, grad_b
-
-
-LIBRARY.impl("symmetric_kl_gradient", _gradient, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("alum_kernels::symmetric_kl_gradient", lib=LIBRARY)
-def _gradient_fake(a, b, statistics, grad_rows, divergence, gradient, inv_temperature, wants_a, wants_b, backend):
-    return a.new_empty(a.shape if wants_a else (0,)), b.new_empty(b.shape if wants_b else (0,))
-
-
-def _loss_and_gradient(
-    a: Tensor,
-    b: Tensor,
-    row_weight: Tensor | None,
-    divergence: str,
-    gradient: str,
-    inv_temperature: float,
-    grad_scale: float,
-    wants_b: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = torch.empty(a.shape[:2], dtype=torch.float32, device=a.device)
-    grad_a = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    grad_b = torch.empty(b.shape if wants_b else (0,), dtype=b.dtype, device=b.device)
-    implementation("symmetric_kl", backend).loss_and_gradient(
-        _unit_columns(a),
-        _unit_columns(b),
-        row_weight,
-        rows,
-        grad_a,
-        grad_b,
-        divergence,
-        gradient,
-        inv_temperature,
-        grad_scale,
-    )
-    return rows, grad_a, grad_b
-
-
-LIBRARY.impl("symmetric_kl_loss_and_gradient", _loss_and_gradient, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("alum_kernels::symmetric_kl_loss_and_gradient", lib=LIBRARY)
-def _loss_and_gradient_fake(a, b, row_weight, divergence, gradient, inv_temperature, grad_scale, wants_b, backend):
-    rows = a.new_empty(a.shape[:2], dtype=torch.float32)
-    return rows, a.new_empty(a.shape), b.new_empty(b.shape if wants_b else (0,))
-
-
-class _GradientOnce(torch.autograd.Function):
-    """The gradient kernel; differentiating it again raises."""
-
-    @staticmethod
-    def forward(ctx, a, b, statistics, grad_rows, divergence, gradient, inv_temperature, wants_a, wants_b, backend):
-        return torch.ops.alum_kernels.symmetric_kl_gradient(
-            a, b, statistics, grad_rows, divergence, gradient, inv_temperature, wants_a, wants_b, backend
-        )
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "symmetric_kl, kl, js: second derivatives are not implemented by the fused kernels; "
-            "pass backend='reference', which has them"
-        )
 
 
 class _RowDivergence(torch.autograd.Function):
@@ -183,7 +45,7 @@ class _RowDivergence(torch.autograd.Function):
             )
         else:
             a, b, statistics = ctx.saved_tensors
-            grad_a, grad_b = _GradientOnce.apply(
+            grad_a, grad_b = GradientOnce.apply(
                 a, b, statistics, grad_rows, divergence, gradient, inv_temperature, wants_a, wants_b, backend
             )
         return grad_a if wants_a else None, grad_b if wants_b else None, None, None, None, None, None
@@ -297,6 +159,13 @@ def kl(
     """One-sided divergence KL(softmax(logits) || softmax(adv_logits)); arguments as :func:`symmetric_kl`.
 
     Source: virtual adversarial training, Miyato et al., arXiv:1704.03976 (equation 5).
+
+    Example:
+        >>> import torch
+        >>> from alum_kernels import kl
+        >>> adv_logits, logits = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.2, 0.8]]).log()
+        >>> kl(adv_logits, logits)
+        tensor(0.8318)
     """
     return _divergence("kl", adv_logits, logits, mask, reduction, gradient, temperature, backend)
 
@@ -316,8 +185,44 @@ def js(
     ``gradient="detach_targets"`` equals ``"full"``: the derivative through m vanishes. Served by the reference backend.
 
     Source: Lin, "Divergence measures based on the Shannon entropy", IEEE Trans. Inf. Theory 37 (1991), 145-151.
+
+    Example:
+        >>> import torch
+        >>> from alum_kernels import js
+        >>> adv_logits, logits = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.2, 0.8]]).log()
+        >>> js(adv_logits, logits)
+        tensor(0.1927)
     """
     return _divergence("js", adv_logits, logits, mask, reduction, gradient, temperature, backend)
+
+
+def squared_hellinger(
+    adv_logits: Tensor,
+    logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    gradient: str = "full",
+    temperature: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Squared Hellinger distance sum_j (sqrt p_j - sqrt q_j)^2 / 2, in [0, 1]; arguments as :func:`symmetric_kl`.
+
+    ``gradient="detach_targets"`` equals ``"full"``: the distance has no target side, and no convention is published.
+    A class that is -inf on one side only gives +inf, as with the other divergences, though the sum would be finite.
+    Served by the reference backend.
+
+    Source: Beran, "Minimum Hellinger distance estimates for parametric models", Ann. Statist. 5 (1977), 445-463 (there
+    without the 1/2).
+
+    Example:
+        >>> import torch
+        >>> from alum_kernels import squared_hellinger
+        >>> adv_logits, logits = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.2, 0.8]]).log()
+        >>> squared_hellinger(adv_logits, logits)
+        tensor(0.2000)
+    """
+    return _divergence("squared_hellinger", adv_logits, logits, mask, reduction, gradient, temperature, backend)
 
 
 def symmetric_kl_grad(
@@ -342,7 +247,7 @@ def symmetric_kl_grad(
     Args:
         adv_logits, logits, mask, reduction, gradient, temperature, backend: as in :func:`symmetric_kl`. With
             ``reduction="none"`` the gradient is that of the sum.
-        divergence: ``"symmetric_kl"``, ``"kl"`` or ``"js"``.
+        divergence: ``"symmetric_kl"``, ``"kl"``, ``"js"`` or ``"squared_hellinger"``.
         grad_scale: the gradient is multiplied by it in fp32 before it is rounded; a power of two keeps fp16 gradients
             out of the subnormals.
         clean_gradient: also the gradient to ``logits``, from the same launch: both logits are read once and both

@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch
 
+from alum_kernels.backends import FUSED_DIVERGENCES
+
 BUILD_RECORD = Path(__file__).parents[2] / "_build.json"
 """What ``setup.py`` built, or why it did not: written beside the package at installation."""
 
@@ -42,8 +44,8 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype, divergence: s
         return reason
     if dtype == torch.float64:
         return "float64 is served by the reference backend only"
-    if divergence == "js":
-        return "js is served by the reference backend only"
+    if divergence is not None and divergence not in FUSED_DIVERGENCES:
+        return f"{divergence} is served by the reference backend only"
     if device.type == "cpu":
         return None
     if device.type != "cuda":

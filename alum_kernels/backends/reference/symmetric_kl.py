@@ -4,7 +4,7 @@ a, b are the adversarial and the clean logits (already divided by the temperatur
 
     c = (a - b) at argmax b         d = (a - b) - c, formed exactly (two-sum)
     Lambda = log1p(sum_j q_j expm1(d_j)) while max a - c - max b <= 30, else lse(a) - lse(b) - c
-    u = d - Lambda = log p - log q
+    u = d - Lambda = log p - log q; else (a - max a) - (b - max b) - log(sum_j e^(a_j - max a) / sum_j e^(b_j - max b))
     p - q = q expm1(u) for u <= 0, -p expm1(-u) for u > 0           (never overflows)
 
     symmetric_kl  J = sum_j (p_j - q_j) u_j                         every term >= 0
@@ -14,6 +14,9 @@ a, b are the adversarial and the clean logits (already divided by the temperatur
     js            (KL(p||m) + KL(q||m)) / 2 with m = (p + q) / 2, h(x) = x - log1p(x) >= 0
         KL(p||m) = sum_j p_j h((q_j - p_j) / 2 p_j)                 KL(q||m) likewise
         d/da = p (r - E_p[r]) / 2, r = log(p/m)                     d/db = q (r - E_q[r]) / 2, r = log(q/m)
+    squared_hellinger  H2 = sum_j (sqrt p_j - sqrt q_j)^2 / 2 = 1 - sum_j sqrt(p_j q_j)
+        H2 = sum_j max(p_j, q_j) expm1(-|u_j| / 2)^2 / 2            every term >= 0
+        d/da = -p (x - E_p[x]) / 2, x = e^(-u/2)                    d/db = -q (x - E_q[x]) / 2, x = e^(u/2)
 
 (u - KL(p||q) = d - E_p[d] and u + KL(q||p) = d - E_q[d]: in terms of d nothing cancels on confident rows.)
 
@@ -98,10 +101,14 @@ def _weight_of(logits: Tensor, largest: Tensor, dead: Tensor, inv_temperature: f
     return torch.where(dead, 0, _exp_sum(high * inv_temperature, low * inv_temperature))
 
 
+def _fall(x: Tensor) -> Tensor:
+    """-|x|, whose derivatives at zero are those of x."""
+    return torch.where(x > 0, -x, x)
+
+
 def _weights_below(larger: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """w1 = w2 e^d, w2 and w1 - w2 from the larger of the two, whatever the sign and size of d."""
-    up = d > 0
-    fall = torch.where(up, -d, d)
+    up, fall = d > 0, _fall(d)
     smaller, loss = larger * torch.exp(fall), larger * torch.expm1(fall)
     return torch.where(up, larger, smaller), torch.where(up, smaller, larger), torch.where(up, -loss, loss)
 
@@ -127,7 +134,7 @@ def _analyse(
     d = ((high - c_high) + (low - c_low)) * inv_temperature
     max_a, max_b = a.amax(-1, keepdim=True).detach(), b.amax(-1, keepdim=True).detach()
     c = (c_high + c_low).squeeze(-1)
-    gap = ((max_a - max_b).squeeze(-1) - c) * inv_temperature
+    gap = (max_a - a.gather(-1, top).detach()).squeeze(-1) * inv_temperature
     weight_a = _weight_of(a, max_a, dead, inv_temperature)
     weight_b = _weight_of(b, max_b, dead, inv_temperature)
     l1, l2 = weight_a.sum(-1), weight_b.sum(-1)
@@ -136,7 +143,9 @@ def _analyse(
     change = _weights_below(torch.where(d > 0, weight_a * lift, weight_b), d)[2].sum(-1) / l2
     near = (gap <= NARROW) & (change > -0.5)
     log_ratio = torch.where(near, torch.log1p(torch.where(near, change, 0)), gap + torch.log(l1 / l2))
-    u = torch.where(dead, 0, d - log_ratio.unsqueeze(-1))
+    # far rows have d and Lambda in the hundreds where u is small: there u is taken from the largest logit of each side
+    far_u = ((a - max_a) - (b - max_b)) * inv_temperature - torch.log(l1 / l2).unsqueeze(-1)
+    u = torch.where(dead, 0, torch.where(near.unsqueeze(-1), d - log_ratio.unsqueeze(-1), far_u))
     larger = torch.where(u > 0, weight_a / l1.unsqueeze(-1), weight_b / l2.unsqueeze(-1))
     p, q, difference = _weights_below(torch.where(dead, 0, larger), u)
 
@@ -145,8 +154,11 @@ def _analyse(
         loss = (difference * u).sum(-1)
     elif divergence == "kl":
         loss = _series_or(u, q * _g(u.clamp(-_SERIES, _SERIES)), difference - q * u).sum(-1)
-    else:
+    elif divergence == "js":
         loss = sum(_divergences_from_middle(terms)) / 2
+    else:
+        apart = torch.expm1(_fall(u) / 2)
+        loss = (torch.where(u > 0, p, q) * apart * apart).sum(-1) / 2
     loss = torch.where(separated, math.inf, torch.where(invalid, math.nan, loss))
     lse_b = max_b.squeeze(-1) * inv_temperature + torch.log(l2)
     lse_b = torch.where(separated | invalid, math.nan, lse_b)
@@ -184,6 +196,20 @@ def _log_over_m(u: Tensor, weight: Tensor) -> Tensor:
     return log_m.gather(-1, top) - log_m
 
 
+def _less_mean_root(weight: Tensor, middle: Tensor, u: Tensor) -> Tensor:
+    """weight (x - E[x]), x = e^(-u/2), given u = log(weight / other) and middle = sqrt(weight other).
+
+    x is taken less its value where the weight of a row is largest: there the difference is zero to the bit, and the
+    mean is a sum over the other classes. Below that class in u the product is written with ``middle``, which is never
+    larger than 1 where x would overflow.
+    """
+    at_top = u.gather(-1, weight.argmax(-1, keepdim=True))
+    step = u - at_top
+    change = torch.expm1(_fall(step) / 2)
+    moved = torch.where(step > 0, weight * torch.exp(-at_top / 2) * change, -middle * change)
+    return moved - weight * moved.sum(-1, keepdim=True)
+
+
 def _centred(weight: Tensor, x: Tensor) -> Tensor:
     """The gradient of a mean of x to the logits of its weights, weight (x - E[x])."""
     return weight * (x - (weight * x).sum(-1, keepdim=True))
@@ -218,6 +244,9 @@ def gradient(
     p, q, d, u, difference, dead = terms
     if divergence == "js":
         da, db = _centred(p, _log_over_m(u, p)) / 2, _centred(q, _log_over_m(-u, q)) / 2
+    elif divergence == "squared_hellinger":
+        middle = torch.where(u > 0, p, q) * torch.exp(_fall(u) / 2)
+        da, db = -_less_mean_root(p, middle, u) / 2, -_less_mean_root(q, middle, -u) / 2
     elif divergence == "kl":
         da = difference
         db = torch.zeros_like(q) if gradient == "detach_targets" else -q * (d - statistics.mean_q.unsqueeze(-1))

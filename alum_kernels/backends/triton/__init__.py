@@ -5,6 +5,8 @@ import os
 
 import torch
 
+from alum_kernels.backends import FUSED_DIVERGENCES
+
 
 @functools.cache
 def _import_error() -> str | None:
@@ -26,8 +28,8 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype, divergence: s
         return reason
     if dtype == torch.float64:
         return "float64 is served by the reference backend only"
-    if divergence == "js":
-        return "js is served by the reference backend only"
+    if divergence is not None and divergence not in FUSED_DIVERGENCES:
+        return f"{divergence} is served by the reference backend only"
     if device.type == "cuda":
         return None
     if device.type == "cpu" and interpreted():

@@ -1,0 +1,45 @@
+"""What a training step gives back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdversarialOutput:
+    """What a step's passes gave.
+
+    Attributes:
+        loss: to be differentiated. Its value is the step's loss; where every pass trains, its gradient is that of the
+            last one's share (of a replay, value and gradient are the last one's).
+        task_loss: the task's own, detached, at the clean point (where there is no clean pass, the mean of the others).
+        divergence: mean over the compared rows, detached; 0 where nothing is compared.
+        outputs: what the model returned in the clean pass, or in the last one where there is no clean pass.
+        adversarial_loss: the task's loss at the perturbed point, detached; None if the method has no such term.
+        proximal: divergence of the clean prediction from the teacher's, detached; None without a teacher.
+    """
+
+    loss: Tensor
+    task_loss: Tensor
+    divergence: Tensor
+    outputs: Any
+    adversarial_loss: Tensor | None = None
+    proximal: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits of the pass that ``outputs`` is of.
+
+        Raises:
+            ValueError: none were formed.
+        """
+        if isinstance(self.outputs, Tensor):
+            return self.outputs
+        found = self.outputs["logits"] if isinstance(self.outputs, Mapping) else self.outputs.logits
+        if found is None:
+            raise ValueError(
+                "logits: none are formed where a linear head is fused; AdversarialConfig(fused_head=False) forms them"
+            )
+        return found
