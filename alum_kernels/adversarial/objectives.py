@@ -93,7 +93,9 @@ class AdversarialObjective:
         self.telemetry = Telemetry()
         self._loss = loss
         self._hooks = PerturbationHooks(perturbed_sites(inner, config.modules, site=config.site, side=config.side))
-        self._first_layer = FirstLayer(inner, config.first_layer) if config.inner_steps else None
+        self._first_layer = None
+        if config.inner_steps:
+            self._first_layer = FirstLayer(inner, config.first_layer, decoder=self._hooks.sites[0].decoder)
         self._generator: torch.Generator | None = None
         self._generator_state: Tensor | None = None
         self._constants = DeviceConstants(config)
