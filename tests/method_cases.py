@@ -10,8 +10,12 @@ from tiny_models import BagOfEmbeddings, Gradients
 from torch import Tensor, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
+from alum_kernels.adversarial.config import PRESETS
 
 SEED, OFFSET = 977, 3
+WRITTEN = tuple(name for name in PRESETS if name != "llr")
+"""Methods of ``step_oracle.py``; local linearity is written by hand in ``test_local_linearity.py``."""
+
 FIRST_LAYERS = {
     "bag": "inner",
     "bert": "bert.encoder.layer.0",

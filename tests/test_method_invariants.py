@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny_models
 import torch
-from method_cases import NORMS, WORDS, example, mean_loss, objective_of, preset, site_of, visible
+from method_cases import NORMS, WORDS, WRITTEN, example, mean_loss, objective_of, preset, site_of, visible
 from tiny_models import Gradients
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.adversarial.config import PRESETS
 
 DIVERGENCE = [name for name in PRESETS if getattr(AdversarialConfig, name)().alpha > 0]
-LABELLED = [name for name in PRESETS if name not in DIVERGENCE]
+LABELLED = [name for name in WRITTEN if name not in DIVERGENCE]
 ON_THE_WAY = [name for name in PRESETS if getattr(AdversarialConfig, name)().backward != "final"]
 
 
@@ -49,7 +49,7 @@ def lengths(delta: Tensor, norm: str, level: str, choices: int = 3) -> Tensor:
     return groups.norm(dim=-1) if norm == "l2" else groups.abs().amax(-1)
 
 
-CASES = {name: visible(name) for name in PRESETS}
+CASES = {name: visible(name) for name in WRITTEN}
 CASES |= {f"{name}-tight": visible(name).replace(epsilon=1e-3) for name in ("freelb", "pgd", "fgm", "freeat", "yopo")}
 CASES |= {f"smart-{level}": visible("smart").replace(norm="l2", level=level) for level in ("token", "batch", "sample")}
 CASES["mtdnn-sentence"] = visible("mtdnn").replace(level="sequence")
@@ -111,7 +111,7 @@ def counted(model: nn.Module) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ON_THE_WAY])
+@pytest.mark.parametrize("name", [name for name in WRITTEN if name not in ON_THE_WAY])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_without_weights_training_is_the_standard_one_bit_for_bit(family, name):
     config = preset(name, alpha=0.0, adversarial_weight=0.0, clean_weight=1.0)

@@ -1,15 +1,14 @@
 """Every published method, on every task it applies to, is the step written by hand in float64."""
 
 import pytest
-from method_cases import FAMILIES_OF, NORMS, check, example, tolerance, visible
+from method_cases import FAMILIES_OF, NORMS, WRITTEN, check, example, tolerance, visible
 
 from alum_kernels import AdversarialObjective
-from alum_kernels.adversarial.config import PRESETS
 
 CLASSIFIERS = ("bag", "bert", "gpt2", "bart")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_a_method_is_the_one_written_by_hand(family, name):
     config = visible(name)
@@ -22,7 +21,7 @@ def test_a_method_is_the_one_written_by_hand(family, name):
         assert expected.divergence > 1e-6
 
 
-DISTINCT = [name for name in PRESETS if name != "alum_continual"]
+DISTINCT = [name for name in WRITTEN if name != "alum_continual"]
 """Continual pre-training is pre-training under another name."""
 
 EVERY = [
