@@ -89,8 +89,8 @@ class AdversarialConfig(Presets):
         norm, normalize, level: as in :func:`alum_kernels.projected_ascent`; ``level="sample"`` takes the choices of a
             multiple-choice sample as one group, and is a sequence elsewhere.
         units: of ``std``, ``step_size`` and ``epsilon``: ``"absolute"`` in those of the embeddings; ``"rms"`` relative
-            to the root mean square of a group's elements, and for l2 lengths to the group's norm; ``"std"`` the same
-            about the mean of each token, which is what a layer norm divides by.
+            to the root mean square of a group's elements, and for l2 lengths and a group's noise to the group's norm;
+            ``"std"`` the same about the mean of each token, which is what a layer norm divides by.
         site: what is perturbed: the ``"embeddings"``, the output of the ``"embedding_norm"``, or its input
             (``"embedding_norm_input"``).
         side: of an encoder-decoder.

@@ -21,16 +21,17 @@ class FirstLayer:
     Args:
         model: the model, unwrapped.
         name: of the module, as in ``model.named_modules()``; its output is a tensor, or a tuple that begins with one.
-            None takes the first entry of the model's longest list of modules. A layer that runs several times, as
-            ALBERT's, counts where it runs first.
+            None takes the first entry of the longest list of modules that lies in no other list. A layer that runs
+            several times, as ALBERT's, counts where it runs first.
+        decoder: of an encoder-decoder, that list is one of the decoder, otherwise of the encoder.
 
     Raises:
         ValueError: there is no module of that name, or no list of modules to find one in.
     """
 
-    def __init__(self, model: nn.Module, name: str | None = None) -> None:
+    def __init__(self, model: nn.Module, name: str | None = None, *, decoder: bool = False) -> None:
         modules = dict(model.named_modules(remove_duplicate=False))
-        name = _first_of_longest(model, modules) if name is None else name
+        name = _first_of_longest(model, modules, decoder) if name is None else name
         if name not in modules:
             raise ValueError(f"first_layer: {type(model).__name__} has no module named {name!r}")
         self.name = name
@@ -87,10 +88,18 @@ class FirstLayer:
             self._on_output(found)
 
 
-def _first_of_longest(model: nn.Module, modules: dict[str, nn.Module]) -> str:
-    lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module)}
-    if not lists:
+def _first_of_longest(model: nn.Module, modules: dict[str, nn.Module], decoder: bool) -> str:
+    side = set(model.modules())
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        side = set((model.get_decoder() if decoder else model.get_encoder()).modules())
+    lists = {
+        name: len(module)
+        for name, module in modules.items()
+        if isinstance(module, nn.ModuleList) and len(module) and module in side
+    }
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if not outermost:
         raise ValueError(
             f"first_layer: {type(model).__name__} has no list of layers; name the module that ends its first layer"
         )
-    return max(lists, key=lambda name: len(lists[name])) + ".0"
+    return max(outermost, key=lists.__getitem__) + ".0"

@@ -96,7 +96,7 @@ def train_local_linearity(step: Step, proximal: BregmanProximal | None) -> StepR
 def _train(step: Step, proximal: BregmanProximal | None) -> StepResult:
     config = step.config
     task, live = _run_clean(step)
-    parts = [config.clean_weight * task.loss] if config.clean_weight > 0 else []
+    parts = [step.clean_weight * task.loss] if step.clean_weight > 0 else []
     proximity = None
     if proximal is not None:
         proximity = proximity_to_teacher(step, task, proximal)

@@ -99,7 +99,9 @@ class AdversarialObjective:
         self.telemetry = Telemetry()
         self._loss = loss
         self._hooks = PerturbationHooks(perturbed_sites(inner, config.modules, site=config.site, side=config.side))
-        self._first_layer = FirstLayer(inner, config.first_layer) if config.inner_steps else None
+        self._first_layer = None
+        if config.inner_steps:
+            self._first_layer = FirstLayer(inner, config.first_layer, decoder=self._hooks.sites[0].decoder)
         self._generator: torch.Generator | None = None
         self._generator_state: Tensor | None = None
         self._constants = DeviceConstants(config)
@@ -227,11 +229,11 @@ class AdversarialObjective:
         started = progress.started(config.start)
         strength = progress.value("alpha_schedule", config.alpha_schedule) if started else 0.0
         alpha = config.alpha * strength
-        adversarial_weight = config.adversarial_weight if started else 0.0
+        clean_weight, adversarial_weight = (config.clean_weight, config.adversarial_weight) if started else (1.0, 0.0)
         linearises = config.climbs_linearity and strength > 0
         if not (alpha > 0 or adversarial_weight > 0 or linearises or proximal is not None):
             loss, outputs, _ = task()
-            return StepResult(loss, loss, torch.zeros((), device=loss.device), None, None, outputs)
+            return StepResult(clean_weight * loss, loss, torch.zeros((), device=loss.device), None, None, outputs)
         self._constants.scale(progress.value("epsilon_schedule", config.epsilon_schedule))
         step = Step(
             config=config,
@@ -252,6 +254,7 @@ class AdversarialObjective:
             random=RandomState(device) if config.dropout == "shared" else None,
             telemetry=self.telemetry,
             alpha=alpha,
+            clean_weight=clean_weight,
             adversarial_weight=adversarial_weight,
             strength=strength,
             sample_losses=SampleLosses(self.head, batch) if linearises else None,

@@ -171,7 +171,7 @@ class Perturbation:
             own.grouped(self._grads[index]),
             None if drawn else own.grouped(own.delta),
             seed=self._seed if drawn else None,
-            std=torch.zeros((), device=embeds.device) if replaces else own.noise_size(),
+            std=own.noise_size() if drawn and not replaces else torch.zeros((), device=embeds.device),
             step_size=own.step_size() if last or not replaces else own.noise_length(),
             epsilon=own.radius(),
             norm=config.norm if last or not replaces else "none",
@@ -251,18 +251,20 @@ class _SitePerturbation:
 
     def noise_size(self) -> Tensor:
         """Size of an element of the noise, for the (B C, S, H) tensor."""
-        size = self._constants("std", self.embeds.device)
-        if self._config.noise_level == "group":
-            size = size / self.elements().clamp(min=1).sqrt()
-        size = size if self._unit is None else size * self._unit
+        size = self._noise_element()
         return size.repeat_interleave(self._choices) if self._choices > 1 and size.dim() == 1 else size
 
     def noise_length(self) -> Tensor:
         """The noise's size as the length of a step."""
+        size = self._noise_element()
+        return size * self.elements().clamp(min=1).sqrt() if self._config.normalize == "l2" else size
+
+    def _noise_element(self) -> Tensor:
         size = self._constants("std", self.embeds.device)
-        if self._config.noise_level == "element" and self._config.normalize == "l2":
-            size = size * self.elements().clamp(min=1).sqrt()
-        return size if self._unit is None else size * self._length_unit(self._config.normalize)
+        if self._unit is not None:
+            # of a group, std is a share of its norm, which the root of its elements spreads: the same for an element
+            return size * self._unit
+        return size / self.elements().clamp(min=1).sqrt() if self._config.noise_level == "group" else size
 
     def step_size(self) -> Tensor:
         size = self._constants("step_size", self.embeds.device)

@@ -162,7 +162,8 @@ class Presets:
             loss = L(e) + L(e + epsilon g / ||g||),  g = dL/de, l2 per sequence
 
         The backward of the clean pass gives g, so a step costs two of the standard ones. epsilon is 5, for embeddings
-        normalised to mean 0 and variance 1: elsewhere set ``step_size`` and ``epsilon``, or ``units="std"``. Needs
+        normalised to mean 0 and variance 1: elsewhere set ``step_size`` and ``epsilon``, which ``units="std"`` takes as
+        shares of the norm of a sequence (5 is 5/sqrt(n) of that of n such elements). Needs
         :meth:`AdversarialObjective.backward`.
 
         Source: Miyato et al., arXiv:1605.07725, equations 5 and 6.
@@ -243,7 +244,8 @@ class Presets:
             loss = L(e) + KL(f(e) || f(e + epsilon d)),  d <- g / ||g|| at e + xi d,  l2 per sequence, f(e) constant
 
         xi 0.1 and epsilon 5 are for embeddings normalised to mean 0 and variance 1: elsewhere set ``std``,
-        ``step_size`` and ``epsilon``, or ``units="std"``. The first direction has the length xi on average.
+        ``step_size`` and ``epsilon``, which ``units="std"`` takes as shares of the norm of a sequence (5 is 5/sqrt(n)
+        of that of n such elements). The first direction has the length xi on average.
 
         Source: Miyato et al., arXiv:1704.03976, equations 5 to 8; on text arXiv:1605.07725, equations 7 and 8.
         """

@@ -69,7 +69,8 @@ class Step:
         perturbation: of this batch.
         random: state of dropout's generators that every pass begins with; None lets each pass draw its own.
         telemetry: takes the figures.
-        alpha, adversarial_weight: weights of the divergence and of the perturbed task's loss in this step.
+        alpha, clean_weight, adversarial_weight: weights of the divergence, the task's loss and the perturbed task's
+            loss in this step.
         strength: factor of the weights of local linearity in this step.
         sample_losses: the task's loss of each sample; None where the method takes the model's own alone.
         check_signal: measure the divergence at half the perturbation as well.
@@ -85,6 +86,7 @@ class Step:
     random: RandomState | None
     telemetry: Telemetry
     alpha: float
+    clean_weight: float
     adversarial_weight: float
     strength: float = 1.0
     sample_losses: SampleLosses | None = None
@@ -144,9 +146,9 @@ def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult
     task = proximity = adversarial_loss = start = None
     perturbs = step.alpha > 0 or step.adversarial_weight > 0
     climbs_divergence = perturbs and config.climbs_divergence
-    if config.clean_weight > 0 or step.alpha > 0 or climbs_divergence or proximal is not None:
+    if step.clean_weight > 0 or step.alpha > 0 or climbs_divergence or proximal is not None:
         task = step.run_clean()
-    parts = [] if task is None or config.clean_weight == 0 else [config.clean_weight * task.loss]
+    parts = [] if task is None or step.clean_weight == 0 else [step.clean_weight * task.loss]
     if proximal is not None:
         proximity = proximity_to_teacher(step, task, proximal)
         parts.append(config.proximal * proximity)
