@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 import alum_kernels
 from alum_kernels import AdversarialConfig
 from alum_kernels.adversarial.config import PRESETS
-from alum_kernels.evaluation.robustness import accuracy_under_attack
+from alum_kernels.evaluation import accuracy_under_attack, largest_loss_increase, local_smoothness
 from examples import corpora, report, training
 
 ATTACK_RADIUS = 5e-3
@@ -161,7 +161,10 @@ def fine_tune(chosen: argparse.Namespace, tokenizer, task: corpora.Classificatio
 
 def evaluate(model, batches: list[training.Batch], run: training.Run) -> None:
     progress = tqdm(batches, desc="  held-out text and attack", unit="batch", leave=False, dynamic_ncols=True)
-    robustness = accuracy_under_attack(model, progress, epsilon=ATTACK_RADIUS, steps=ATTACK_STEPS)
+    search = {"epsilon": ATTACK_RADIUS, "steps": ATTACK_STEPS, "norm": "linf", "level": "token"}
+    robustness = accuracy_under_attack(model, progress, **search)
+    run.loss_increase = largest_loss_increase(model, batches[:1], restarts=1, **search)
+    run.smoothness = local_smoothness(model, batches[:1], **search)
     run.figures.update(
         loss=robustness.clean_loss,
         accuracy=robustness.clean_accuracy,

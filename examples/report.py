@@ -1,11 +1,14 @@
 """The demo's table and its HTML page, both made from the runs alone."""
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from alum_kernels.evaluation import LossIncreaseComparison, compare_reports
+from examples import robustness_plots
+from examples.robustness_plots import encoded
 from examples.training import Run
 
 COLUMNS = (
@@ -14,6 +17,8 @@ COLUMNS = (
     "loss",
     "accuracy",
     "under attack",
+    "loss increase",
+    "largest KL",
     "ascent gain",
     "ms/step",
     "overhead",
@@ -23,6 +28,10 @@ NOTES = (
     "loss, accuracy: on held-out text, over labelled tokens for masked LM.",
     "under attack: accuracy when every input embedding is moved by a few projected gradient steps on the task's loss, "
     "each element by at most the radius named above.",
+    "loss increase, largest KL: what a search of the same ball around the first held-out batch finds: the largest "
+    "increase of a sample's loss (median over the samples that every method of the task gets right, over all where "
+    "there is none), and the largest symmetric KL between its predictions there and at the clean point (mean over the "
+    "samples).",
     "ascent gain: the divergence at the climbed perturbation over the divergence at the noise it started from, on "
     "average; 1 is no better than noise, and below 1 the projection took away more than the ascent gave.",
     "ms/step, overhead: median step with the optimizer, and its ratio to standard training of the same task; the "
@@ -35,11 +44,28 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def comparisons(runs: Sequence[Run]) -> list[tuple[str, LossIncreaseComparison, bool]]:
+    """Of each task, the loss increases of its methods, and whether only samples that all get right are compared.
+
+    Where the methods share no such sample (a sample of a language model has many tokens) all samples are compared.
+    """
+    found = []
+    for task in dict.fromkeys(run.task for run in runs):
+        reports = {run.method: run.loss_increase for run in runs if run.task == task and run.loss_increase is not None}
+        if reports:
+            right = bool(torch.stack([report.correct for report in reports.values()]).all(0).any())
+            found.append((task, compare_reports(reports, only_correct=right), right))
+    return found
+
+
 def table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """A row of cells a run, in the order of :data:`COLUMNS`."""
     standard = {run.task: run.seconds_per_step for run in runs if run.method == "standard" and run.seconds}
+    increases = {task: found for task, found, _ in comparisons(runs)}
     rows = []
     for run in runs:
+        compared = increases.get(run.task)
+        median = compared.quartiles(run.method).median if compared and run.method in compared.reports else None
         seconds = run.seconds_per_step if run.seconds else None
         overhead = seconds / standard[run.task] if seconds and run.task in standard else None
         rows.append(
@@ -49,6 +75,8 @@ def table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
                 _number(run.figures.get("loss"), ".3f"),
                 _number(run.figures.get("accuracy"), ".1%"),
                 _number(run.figures.get("attacked_accuracy"), ".1%"),
+                _number(median, ".3f"),
+                _number(run.smoothness and run.smoothness.ascended_mean, ".3g"),
                 _number(run.mean_telemetry("ascent_gain"), ".3g"),
                 _number(None if seconds is None else 1e3 * seconds, ".0f"),
                 _number(overhead, ".2f") + ("x" if overhead else ""),
@@ -108,17 +136,7 @@ img {{ max-width: 100%; margin: 1rem 0 }}
 
 
 def _plots(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    def encoded(figure) -> str:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=110, bbox_inches="tight")
-        pyplot.close(figure)
-        return base64.b64encode(buffer.getvalue()).decode()
-
+    pyplot = robustness_plots.pyplot()
     tasks = list(dict.fromkeys(run.task for run in runs))
     plots = []
 
@@ -160,4 +178,12 @@ def _plots(runs: Sequence[Run]) -> list[tuple[str, str]]:
         axis.set(title="Accuracy on held-out text", xlim=(0, 1))
         axis.legend()
         plots.append(("accuracy, clean and under attack", encoded(figure)))
+
+    for task, compared, right in comparisons(runs):
+        which = "samples that all get right" if right else "all samples"
+        plots.append(robustness_plots.loss_increase(compared, f"{task}: largest increase of the loss, {which}"))
+    for task in tasks:
+        smooth = {run.method: run.smoothness for run in runs if run.task == task and run.smoothness is not None}
+        if smooth:
+            plots.append(robustness_plots.smoothness(smooth, f"{task}: local smoothness"))
     return plots

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
+from alum_kernels.evaluation import LossIncrease, SmoothnessReport
 from examples.corpora import LabelledText
 
 Batch = dict[str, Tensor]
@@ -29,6 +30,8 @@ class Run:
     seconds: list[float] = field(default_factory=list)
     telemetry: list[dict[str, float]] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
+    loss_increase: LossIncrease | None = None
+    smoothness: SmoothnessReport | None = None
 
     @property
     def seconds_per_step(self) -> float:

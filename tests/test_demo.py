@@ -131,8 +131,8 @@ def test_table_and_page_are_made_from_the_runs(tmp_path):
     standard = Run("task", "standard", [0, 1], [2.0, 1.0], [9.0, 0.1], figures={"accuracy": 0.5})
     ours = Run("task", "<ours>", [0, 1], [2.0, 1.0], [9.0, 0.25], [{"step": 1, "ascent_gain": 40.0}])
     rows = report.table([standard, ours])
-    assert rows[0] == ("task", "standard", "-", "50.0%", "-", "-", "100", "1.00x")
-    assert rows[1] == ("task", "<ours>", "-", "-", "-", "40", "250", "2.50x")
+    assert rows[0] == ("task", "standard", "-", "50.0%", "-", "-", "-", "-", "100", "1.00x")
+    assert rows[1] == ("task", "<ours>", "-", "-", "-", "-", "-", "40", "250", "2.50x")
     report.write_html([standard, ours], {"data": "a & b"}, tmp_path / "page" / "report.html")
     page = (tmp_path / "page" / "report.html").read_text()
     assert "&lt;ours&gt;" in page

@@ -1,5 +1,7 @@
 """Accuracy under attack: against an attack whose result is known, and against one written by hand."""
 
+from functools import partial
+
 import pytest
 import tiny_models
 import torch
@@ -7,7 +9,12 @@ from tiny_models import BagOfEmbeddings
 from torch import nn
 
 from alum_kernels.backends.reference import noise_init as reference_noise
-from alum_kernels.evaluation.robustness import accuracy_under_attack
+from alum_kernels.evaluation import (
+    accuracy_under_attack,
+    largest_loss_increase,
+    local_smoothness,
+    smallest_flipping_radius,
+)
 
 MARGINS = (0.3, 0.9, 1.5, -0.5)
 
@@ -130,8 +137,37 @@ def test_masked_lm_counts_labelled_positions():
     assert alone.attacked_loss > alone.clean_loss
 
 
+FIGURES = {
+    "accuracy": partial(accuracy_under_attack, epsilon=0.1),
+    "increase": partial(largest_loss_increase, epsilon=0.1, steps=2),
+    "radius": partial(smallest_flipping_radius, max_epsilon=0.1, steps=2, rounds=1),
+    "smoothness": partial(local_smoothness, epsilon=0.1, steps=2),
+}
+
+
+def same(first, second) -> bool:
+    pairs = [(vars(first)[name], vars(second)[name]) for name in vars(first)]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_wrapper_is_seen_through(name, process_group):
+    model, batch = tiny_models.bert(), tiny_models.classification_batch()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    assert same(FIGURES[name](wrapped, [batch]), FIGURES[name](model, [batch]))
+
+
+@pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("fatal", [False, True])
-def test_the_model_is_left_as_it_was(fatal):
+def test_the_model_is_left_as_it_was(fatal, name):
+    measure = FIGURES[name]
     model, batch = tiny_models.bert(0.3), tiny_models.classification_batch()
     model.bert.pooler.eval()
     model.classifier.weight.grad = torch.ones_like(model.classifier.weight)
@@ -140,11 +176,10 @@ def test_the_model_is_left_as_it_was(fatal):
     before = [module.training for module in model.modules()]
     weights = [parameter.clone() for parameter in model.parameters()]
     if fatal:
-        with pytest.raises(ValueError, match="expected 'labels'"):
-            accuracy_under_attack(model, [batch, tiny_models.tokens()], epsilon=0.1)
+        with pytest.raises(ValueError, match=r"attention_mask: expected shape \(4, 7\)"):
+            measure(model, [batch, {**batch, "attention_mask": torch.ones(4, 6)}])
     else:
-        first, second = (accuracy_under_attack(model, [batch], epsilon=0.1) for _ in range(2))
-        assert first == second
+        assert same(measure(model, [batch]), measure(model, [batch]))
     assert [module.training for module in model.modules()] == before
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -163,7 +198,10 @@ def test_the_model_is_left_as_it_was(fatal):
         ({"epsilon": 0.1, "norm": "none"}, ValueError, "^norm: expected one of 'linf', 'l2'"),
         ({"epsilon": 0.1, "level": "word"}, ValueError, "^level: expected one of"),
         ({"epsilon": 0.1, "head": "regression"}, ValueError, "^head: expected one of .*, got 'regression'"),
-        ({"epsilon": 0.1, "head": "causal_lm"}, ValueError, "^head: expected one of .*, got 'causal_lm'"),
+        ({"epsilon": 0.1, "head": "pretraining"}, ValueError, "^head: expected one of .*, got 'pretraining'"),
+        ({"epsilon": 0.1, "restarts": 0}, ValueError, "^restarts: expected an int >= 1, got 0"),
+        ({"epsilon": torch.ones(3)}, ValueError, "^epsilon: expected one radius for each sample, got 3 for at least 4"),
+        ({"epsilon": torch.ones(4), "norm": "l2", "level": "batch"}, ValueError, "^epsilon: .* one radius for the bat"),
         ({"epsilon": 0.1, "modules": ("nowhere",)}, ValueError, "no module named 'nowhere'"),
     ],
 )
@@ -174,9 +212,38 @@ def test_bad_arguments_are_named(options, error, message):
 
 def test_bad_batches_are_named():
     model, batch = tiny_models.bert(), tiny_models.classification_batch()
-    with pytest.raises(ValueError, match=r"^batches: expected at least one labelled row"):
+    with pytest.raises(ValueError, match=r"^batches: expected at least one sample"):
         accuracy_under_attack(model, [], epsilon=0.1)
-    with pytest.raises(ValueError, match=r"^labels: expected shape \(4,\), got \(4, 1\)"):
-        accuracy_under_attack(model, [{**batch, "labels": batch["labels"].unsqueeze(1)}], epsilon=0.1)
-    with pytest.raises(TypeError, match=r"^labels: expected integers, got torch\.float32"):
+    with pytest.raises(ValueError, match=r"^batches: expected at least one labelled row"):
+        accuracy_under_attack(model, [{**batch, "labels": torch.full((4,), -100)}], epsilon=0.1)
+    with pytest.raises(ValueError, match=r"^labels: expected shape \(4,\), got \(3,\)"):
+        accuracy_under_attack(model, [{**batch, "labels": batch["labels"][:3]}], epsilon=0.1)
+    with pytest.raises(ValueError, match=r"expected 'labels' \(B,\) of class indices .*, got torch\.float32"):
         accuracy_under_attack(model, [{**batch, "labels": batch["labels"].float()}], epsilon=0.1)
+
+
+def test_every_sample_may_have_its_own_radius():
+    radii = torch.tensor([0.31, 0.89, 1.51, 0.0])
+    pieces = [{key: value[part] for key, value in LINEAR_BATCH.items()} for part in (slice(0, 1), slice(1, 4))]
+    report = accuracy_under_attack(Linear(), pieces, epsilon=radii, **OPTIONS)
+    assert report.attacked_accuracy == 0.25  # of margins .3, .9, 1.5 and -.5 only the second is out of reach
+    assert report.delta_rms == pytest.approx(radii.square().mean().sqrt().item(), rel=1e-5)
+
+
+def test_a_row_must_be_right_under_every_restart():
+    model, batch = BagOfEmbeddings().double(), tiny_models.classification_batch(24)
+    options = {"epsilon": 0.6, "steps": 0, "seed": 2, **OPTIONS}
+    mask, labels = batch["attention_mask"], batch["labels"]
+    clean = model.embed(batch["input_ids"]).detach()
+    right = model.body(clean, mask).argmax(-1) == labels
+    losses = []
+    for restart in range(3):
+        noise = {"std": 0.6, "mask": mask, "distribution": "uniform", "stream": restart, "sample_offset": 0}
+        delta = reference_noise.initial_delta(clean.shape, torch.tensor([2]), torch.float64, **noise)
+        logits = model.body(clean + delta, mask)
+        right &= logits.argmax(-1) == labels
+        losses.append(nn.functional.cross_entropy(logits, labels, reduction="none").detach())
+    report = accuracy_under_attack(model, [batch], restarts=3, **options)
+    assert report.attacked_accuracy == right.double().mean().item()
+    assert report.attacked_accuracy < accuracy_under_attack(model, [batch], **options).attacked_accuracy
+    assert report.attacked_loss == pytest.approx(torch.stack(losses).amax(0).mean().item(), rel=1e-12)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tiny_models
 import torch
-from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, ON_THE_WAY, trainer_of
+from tiny_trainer import CLASSIFICATION, LINEAR, MASKED_LM, MOVED, ON_THE_WAY, trainer_of
 from torch import nn
 
 
@@ -35,6 +35,7 @@ for task, model, samples, config, average in (
     ("classification", t.tiny_models.bert, t.CLASSIFICATION, t.MOVED, True),
     ("classification", t.tiny_models.bert, t.CLASSIFICATION, t.MOVED, False),
     ("freelb", t.tiny_models.bert, t.CLASSIFICATION, t.ON_THE_WAY, True),
+    ("llr", t.tiny_models.bert, t.CLASSIFICATION, t.LINEAR, True),
     ("masked_lm", t.tiny_models.bert_masked_lm, t.MASKED_LM, t.MOVED, True),
 ):
     trainer, gradients = t.trainer_of(
@@ -61,6 +62,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     for task, model, samples, config in (
         ("classification", tiny_models.bert, CLASSIFICATION, MOVED),
         ("freelb", tiny_models.bert, CLASSIFICATION, ON_THE_WAY),
+        ("llr", tiny_models.bert, CLASSIFICATION, LINEAR),
         ("masked_lm", tiny_models.bert_masked_lm, MASKED_LM, MOVED),
     ):
         trainer, gradients = trainer_of(model().double(), tmp_path, samples, config)
@@ -82,7 +84,8 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
-    for task, average in (("classification", True), ("classification", False), ("freelb", True), ("masked_lm", True)):
+    ran = (("classification", True), ("classification", False), ("freelb", True), ("llr", True), ("masked_lm", True))
+    for task, average in ran:
         gradient = torch.load(tmp_path / f"{task}-{average}.pt")
         torch.testing.assert_close(gradient, expected[task], rtol=1e-8, atol=1e-12)
 

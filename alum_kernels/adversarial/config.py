@@ -15,7 +15,7 @@ from alum_kernels.ops.symmetric_kl import DIVERGENCES, GRADIENTS
 
 __all__ = ["PRESETS", "AdversarialConfig"]
 
-ASCENTS = ("divergence", "task")
+ASCENTS = ("divergence", "task", "linearity")
 UPDATES = ("add", "replace")
 BACKWARDS = ("final", "accumulate", "replay")
 NOISE_LEVELS = ("element", "group")
@@ -42,7 +42,17 @@ _CHOICES = {
     "dropout": DROPOUT,
     "positions": POSITIONS,
 }
-_MAGNITUDES = ("alpha", "clean_weight", "adversarial_weight", "std", "step_size", "epsilon", "proximal")
+_MAGNITUDES = (
+    "alpha",
+    "clean_weight",
+    "adversarial_weight",
+    "linearity",
+    "linearity_gradient",
+    "std",
+    "step_size",
+    "epsilon",
+    "proximal",
+)
 _COUNTS = ("steps", "inner_steps", "proximal_interval", "signal_check_interval", "seed")
 
 
@@ -59,7 +69,11 @@ class AdversarialConfig(Presets):
         method: name for logs and reports; it selects nothing.
         alpha: weight of the divergence D.
         clean_weight, adversarial_weight: weights of the task's loss at e and at e + delta.
-        ascent: what the ascent climbs: ``"divergence"`` from the clean prediction, or ``"task"``, the task's loss.
+        linearity, linearity_gradient: with ``ascent="linearity"``: weights lambda of the mean of gamma, and mu of that
+            of |delta . dl/de|.
+        ascent: what the ascent climbs: ``"divergence"`` from the clean prediction, ``"task"``, the task's loss, or
+            ``"linearity"``, how far the loss l of each sample is from linear, gamma = |l(e + delta) - l(e) - delta .
+            dl/de|.
         steps: ascent steps K; 0 takes the noise alone.
         update: ``"add"`` steps go on from the last perturbation; ``"replace"`` keeps their direction only (power
             iteration): all but the last have the length of the first noise, the last has ``step_size``.
@@ -95,7 +109,8 @@ class AdversarialConfig(Presets):
         start: the adversary begins here, the standard objective comes before: an optimizer step (int), or a share of
             the training (float).
         alpha_schedule, epsilon_schedule: ``(share of training, factor)`` points, joined by straight lines; two points
-            at one share are a jump. Factors of ``alpha``, and of ``epsilon``, ``std`` and ``step_size`` together.
+            at one share are a jump. Factors of ``alpha``, ``linearity`` and ``linearity_gradient``, and of ``epsilon``,
+            ``std`` and ``step_size`` together.
         dropout: ``"shared"`` uses the same masks in every pass of a step, ``"independent"`` draws new ones,
             ``"off"`` runs every pass of the step without dropout.
         positions: of a language model or token labels, ``"labelled"`` compares the positions that have a label,
@@ -113,6 +128,8 @@ class AdversarialConfig(Presets):
     alpha: float = 1.0
     clean_weight: float = 1.0
     adversarial_weight: float = 0.0
+    linearity: float = 0.0
+    linearity_gradient: float = 0.0
     ascent: str = "divergence"
     steps: int = 1
     update: str = "add"
@@ -198,7 +215,8 @@ class AdversarialConfig(Presets):
 
     def _check_combination(self) -> None:
         """Refuse what no step could do."""
-        if not (self.alpha or self.clean_weight or self.adversarial_weight):
+        linearises = self.linearity > 0 or self.linearity_gradient > 0
+        if not (self.alpha or self.clean_weight or self.adversarial_weight or linearises):
             raise ValueError(
                 "alpha, clean_weight, adversarial_weight: expected one of them > 0, nothing would be trained"
             )
@@ -219,8 +237,25 @@ class AdversarialConfig(Presets):
             raise ValueError(f"first_layer: expected None without inner_steps, got {self.first_layer!r}")
         if self.inner_steps and self.backward != "accumulate":
             raise ValueError(f"inner_steps: expected 0 unless backward is 'accumulate', got {self.inner_steps}")
-        if self.signal_check_interval and not self.alpha:
-            raise ValueError("signal_check_interval: expected 0 where alpha is 0, there is no divergence to check")
+        if linearises != self.climbs_linearity:
+            raise ValueError(
+                "linearity, linearity_gradient: expected one of them > 0 with ascent='linearity' and both 0 without, "
+                f"got {self.linearity}, {self.linearity_gradient} and ascent={self.ascent!r}"
+            )
+        if self.climbs_linearity and (self.alpha or self.adversarial_weight):
+            raise ValueError(
+                "alpha, adversarial_weight: expected 0 with ascent='linearity', whose perturbation belongs to the "
+                f"linearity terms alone, got {self.alpha} and {self.adversarial_weight}"
+            )
+        if self.climbs_linearity and self.steps and self.std == 0:
+            raise ValueError(
+                "std: expected a number > 0 with ascent='linearity', got 0: the loss is linear at no distance, and "
+                "nothing could be climbed"
+            )
+        if self.signal_check_interval and not (self.alpha or linearises):
+            raise ValueError(
+                "signal_check_interval: expected 0 where alpha is 0 and ascent not 'linearity': none is checked"
+            )
         if self.modules and (self.site != "embeddings" or self.side != "encoder"):
             raise ValueError(
                 "modules: expected () with a site or a side other than the default, which name modules too"
@@ -229,17 +264,23 @@ class AdversarialConfig(Presets):
     @property
     def perturbs(self) -> bool:
         """Whether a step has a perturbed pass."""
-        return self.alpha > 0 or self.adversarial_weight > 0
+        return self.alpha > 0 or self.adversarial_weight > 0 or self.climbs_linearity
 
     @property
     def compares(self) -> bool:
-        """Whether predictions are compared, so that a head is needed."""
-        return self.alpha > 0 or self.proximal > 0 or (self.adversarial_weight > 0 and self.climbs_divergence)
+        """Whether predictions are read, so that a head is needed."""
+        compared = self.alpha > 0 or self.proximal > 0 or (self.adversarial_weight > 0 and self.climbs_divergence)
+        return compared or self.climbs_linearity
 
     @property
     def climbs_divergence(self) -> bool:
         """Whether the ascent needs the clean prediction."""
         return self.steps > 0 and self.ascent == "divergence"
+
+    @property
+    def climbs_linearity(self) -> bool:
+        """Whether the step trains on how linear the task's loss is."""
+        return self.ascent == "linearity"
 
     def replace(self, **changes: Any) -> "AdversarialConfig":
         """A copy with some fields changed, validated again."""

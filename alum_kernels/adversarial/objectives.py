@@ -17,6 +17,7 @@ from alum_kernels.adversarial.first_layer import FirstLayer
 from alum_kernels.adversarial.heads import Head, detect_head
 from alum_kernels.adversarial.hooks import PerturbationHooks, RandomState, device_of, dropout_off, unwrap
 from alum_kernels.adversarial.linear_head import LinearHead, find_linear_head
+from alum_kernels.adversarial.local_linearity import check_second_derivatives, train_local_linearity
 from alum_kernels.adversarial.output import AdversarialOutput
 from alum_kernels.adversarial.passes import (
     LinearPasses,
@@ -28,6 +29,7 @@ from alum_kernels.adversarial.passes import (
 )
 from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
 from alum_kernels.adversarial.proximal import BregmanProximal
+from alum_kernels.adversarial.sample_losses import SampleLosses
 from alum_kernels.adversarial.schedule import Progress
 from alum_kernels.adversarial.sites import perturbed_sites
 from alum_kernels.adversarial.steps import Step, StepResult, TaskPass, train_at_the_end, train_on_the_way
@@ -90,6 +92,10 @@ class AdversarialObjective:
         self.config = config
         inner = unwrap(model)
         self.head = _head_of(inner, head, config)
+        if config.climbs_linearity:
+            check_second_derivatives(inner)
+        if loss is not None:
+            self._refuse_other_losses("loss")
         self.telemetry = Telemetry()
         self._loss = loss
         self._hooks = PerturbationHooks(perturbed_sites(inner, config.modules, site=config.site, side=config.side))
@@ -168,6 +174,8 @@ class AdversarialObjective:
             RuntimeError: a perturbed module did not run exactly once in a pass.
         """
         config = self.config
+        if run_task is not None and not standard_loss:
+            self._refuse_other_losses("run_task")
         if config.backward != "final" and backward is None:
             raise ValueError(
                 f"backward: {config.method} trains on every pass of an ascent, call AdversarialObjective.backward"
@@ -219,9 +227,11 @@ class AdversarialObjective:
             return TaskPass(loss, outputs, [] if passes is None else passes.read(outputs))
 
         started = progress.started(config.start)
-        alpha = config.alpha * progress.value("alpha_schedule", config.alpha_schedule) if started else 0.0
+        strength = progress.value("alpha_schedule", config.alpha_schedule) if started else 0.0
+        alpha = config.alpha * strength
         clean_weight, adversarial_weight = (config.clean_weight, config.adversarial_weight) if started else (1.0, 0.0)
-        if not (alpha > 0 or adversarial_weight > 0 or proximal is not None):
+        linearises = config.climbs_linearity and strength > 0
+        if not (alpha > 0 or adversarial_weight > 0 or linearises or proximal is not None):
             loss, outputs, _ = task()
             return StepResult(clean_weight * loss, loss, torch.zeros((), device=loss.device), None, None, outputs)
         self._constants.scale(progress.value("epsilon_schedule", config.epsilon_schedule))
@@ -246,8 +256,12 @@ class AdversarialObjective:
             alpha=alpha,
             clean_weight=clean_weight,
             adversarial_weight=adversarial_weight,
+            strength=strength,
+            sample_losses=SampleLosses(self.head, batch) if linearises else None,
             check_signal=config.signal_check_interval > 0 and self._steps % config.signal_check_interval == 0,
         )
+        if config.climbs_linearity:
+            return train_local_linearity(step, proximal)
         if config.backward == "final":
             return train_at_the_end(step, proximal)
         return train_on_the_way(step, backward, update, self._first_layer)
@@ -297,6 +311,8 @@ class AdversarialObjective:
             return self._refuse(f"its head is {'not recognised' if self.head is None else self.head.name}")
         if self._loss is not None:
             return self._refuse("its task loss is the caller's, of the logits")
+        if config.climbs_linearity:
+            return self._refuse("its loss is differentiated twice, which the fused head cannot be")
         if config.proximal > 0:
             return self._refuse("its proximal term compares two sets of weights")
         if config.compares and unfused:
@@ -328,6 +344,14 @@ class AdversarialObjective:
             f"{name} is trained through its logits: {reason}. AdversarialConfig(fused_head=False) chooses that",
             stacklevel=2,
         )
+
+    def _refuse_other_losses(self, argument: str) -> None:
+        """A loss that is not the head's own cannot be taken apart into samples."""
+        if self.config.climbs_linearity:
+            raise ValueError(
+                f"{argument}: expected the model's own loss with ascent='linearity', which takes the loss of each "
+                "sample from logits and labels, got another loss"
+            )
 
     def draw_seed(self, device: torch.device | None = None) -> Tensor:
         """The next seed of the noise, a one-element int64 tensor on ``device`` (the model's, if None)."""

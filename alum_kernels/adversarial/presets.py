@@ -44,6 +44,7 @@ PRESETS = (
     "fgm",
     "freeat",
     "yopo",
+    "llr",
     "vat",
     "sift",
     "r3f",
@@ -206,6 +207,35 @@ class Presets:
             backward="accumulate",
             inner_steps=3,
         )
+
+    @classmethod
+    def llr(cls, **changes: Any) -> Self:
+        """Local linearity regularisation: the task's loss is trained to be linear around the clean embeddings.
+
+            gamma(delta) = |l(e + delta) - l(e) - delta . dl/de|,  l of one sample; delta climbs gamma in the ball
+            loss = L(e) + lambda gamma(delta_K) + mu |delta_K . dl/de|                           means over the samples
+
+        dl/de is differentiated again, so the step needs second derivatives of the model. Attention of
+        ``torch.nn.functional.scaled_dot_product_attention`` therefore runs as plain matrix products, and a language
+        model goes through its logits. Flash attention is refused, and for a compiled model torch raises; of other fused
+        layers that hide their backward from autograd, the second derivative would be missing in silence. Checkpointed
+        layers recompute their attention outside of the step: load such a model with ``attn_implementation="eager"``.
+        ``proximal`` combines with it.
+
+        lambda 4 and mu 3 are those of public implementations for CIFAR-10. Their epsilon is of images (8/255, l-inf:
+        an eighth of a pixel's standard deviation), so here it is 0.1 of the root mean square of a sequence's
+        embeddings: set ``epsilon``, ``std`` and ``step_size`` for your model. The two steps of epsilon / 2 along the
+        sign, from uniform noise in the ball, are this library's. gamma is of second order in delta: at SMART's 1e-5 it
+        would be rounding noise, and in bf16 the ball has to be larger; ``signal_check_interval`` measures it.
+
+        The second-order counterpart of :meth:`smart`'s regulariser; that of the labels, the largest loss of the task in
+        the ball, is ``adversarial_weight`` with ``ascent="task"``, as in :meth:`pgd`.
+
+        Source: Qin et al., arXiv:1907.02610, the local linearity regulariser.
+        """
+        ball = {"std": 0.1, "distribution": "uniform", "step_size": 0.05, "epsilon": 0.1, "normalize": "sign"}
+        weights = {"alpha": 0.0, "linearity": 4.0, "linearity_gradient": 3.0, "ascent": "linearity"}
+        return cls._preset("llr", changes, **weights, **ball, steps=2, level="sequence", units="rms")
 
     @classmethod
     def vat(cls, **changes: Any) -> Self:

@@ -8,7 +8,7 @@
 With K = 1 and training at the end, delta_0 is never stored: the ascent draws it again from the seed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from alum_kernels.adversarial.predictions import (
     sum_and_gradients,
 )
 from alum_kernels.adversarial.proximal import BregmanProximal
+from alum_kernels.adversarial.sample_losses import SampleLosses
 from alum_kernels.adversarial.telemetry import Telemetry
 
 Replace = Callable[[int, Tensor], Tensor | None]
@@ -70,6 +71,8 @@ class Step:
         telemetry: takes the figures.
         alpha, clean_weight, adversarial_weight: weights of the divergence, the task's loss and the perturbed task's
             loss in this step.
+        strength: factor of the weights of local linearity in this step.
+        sample_losses: the task's loss of each sample; None where the method takes the model's own alone.
         check_signal: measure the divergence at half the perturbation as well.
     """
 
@@ -85,6 +88,8 @@ class Step:
     alpha: float
     clean_weight: float
     adversarial_weight: float
+    strength: float = 1.0
+    sample_losses: SampleLosses | None = None
     check_signal: bool = False
 
     def run_clean(self) -> TaskPass:
@@ -145,8 +150,7 @@ def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult
         task = step.run_clean()
     parts = [] if task is None or step.clean_weight == 0 else [step.clean_weight * task.loss]
     if proximal is not None:
-        teacher = step.predict_by(lambda: proximal.forward(step.inputs))
-        proximity = mean_divergences(task.predictions, teacher, config.replace(gradient="detach_clean")).sum()
+        proximity = proximity_to_teacher(step, task, proximal)
         parts.append(config.proximal * proximity)
 
     if perturbs:
@@ -178,6 +182,12 @@ def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult
     if step.check_signal and step.alpha > 0:
         _check_signal(step, adv, task.predictions)
     return StepResult(sum(parts[1:], parts[0]), task.loss, divergence, adversarial_loss, proximity, task.outputs)
+
+
+def proximity_to_teacher(step: Step, task: TaskPass, proximal: BregmanProximal) -> Tensor:
+    """Divergence of the clean prediction from the teacher's, which is constant."""
+    teacher = step.predict_by(lambda: proximal.forward(step.inputs))
+    return mean_divergences(task.predictions, teacher, step.config.replace(gradient="detach_clean")).sum()
 
 
 def train_on_the_way(
@@ -256,7 +266,7 @@ def _ascend_divergence(step: Step, task: TaskPass) -> Tensor:
         with torch.enable_grad():
             adv = step.predict(unwrap(step.model), lambda index, output, leaves=leaves: leaves[index].clone())
         total, grads = sum_and_gradients(adv, fixed, leaves, config, config.ascent_divergence)
-        step.perturbation.climb([_present(_given(grads), index, step) for index in range(len(leaves))])
+        step.perturbation.climb(required_gradients(step, grads))
         start = total if start is None else start
     return start
 
@@ -278,19 +288,22 @@ def _ascend_task(step: Step) -> Tensor | None:
             loss = step.run_task(replace).loss
         ordered = [leaves[index] for index in range(len(leaves))]
         # a loss's gradient is small where its fp16 activations have lost it
-        scale = FP16_GRAD_SCALE if _in_fp16(ordered[0]) else 1.0
+        scale = FP16_GRAD_SCALE if in_fp16(ordered[0]) else 1.0
         grads = torch.autograd.grad(loss * scale, ordered, allow_unused=True)
         grads = [grad if grad is None or scale == 1.0 else grad.float() / scale for grad in grads]
-        step.perturbation.climb([_present(_given(grads), index, step) for index in range(len(ordered))])
+        step.perturbation.climb(required_gradients(step, grads))
         start = loss.detach() if start is None else start
     return start
 
 
-def _given(grads: list[Tensor | None]) -> dict[int, Tensor]:
-    return {index: grad for index, grad in enumerate(grads) if grad is not None}
+def required_gradients(step: Step, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients to the perturbed tensors; raises ValueError, naming the module, where there is none."""
+    given = {index: grad for index, grad in enumerate(grads) if grad is not None}
+    return [_present(given, index, step) for index in range(len(grads))]
 
 
-def _in_fp16(leaf: Tensor) -> bool:
+def in_fp16(leaf: Tensor) -> bool:
+    """Whether a pass from this tensor computes in fp16."""
     device = leaf.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
     return autocast or leaf.dtype == torch.float16

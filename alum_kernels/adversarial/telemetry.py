@@ -35,7 +35,9 @@ class Telemetry:
             of the embeddings lost), ``non_finite`` (gradient elements, a step), ``signal_ratio`` where it was
             measured (0 where half the perturbation changes nothing), ``proximal`` (divergence from the teacher, per
             step), ``task_increase`` of methods that climb the task's loss (its mean at the last perturbation less that
-            at the first, a step).
+            at the first, a step), ``linearity`` of methods that climb the departure from it (mean gamma of
+            ``local_linearity.py`` at the last perturbation, a step; ``ascent_gain`` and ``signal_ratio`` are then
+            its).
         """
         if not self._sums:
             return {}
@@ -47,7 +49,7 @@ class Telemetry:
             figures["divergence"] = total["divergence"] / total["steps"]
         if total.get("start", 0.0) > 0:
             figures["ascent_gain"] = total["end"] / total["start"]
-        for name in ("proximal", "task_increase"):
+        for name in ("proximal", "task_increase", "linearity"):
             if name in total:
                 figures[name] = total[name] / total["steps"]
         if total.get("elements", 0.0) > 0:

@@ -1,11 +1,4 @@
-"""What a model still gets right when its embeddings are attacked.
-
-    delta_0 = uniform in the ball;  K times:  delta <- Pi(delta + step normalise(d task loss / d x)) at x = e + delta
-
-The attack is projected gradient descent in embedding space, on the labels, with a step of a given length whatever the
-size of the gradient: sign(g) in the linf ball, g / ||g|| in the l2 ball. Only the perturbed embeddings, leaves made
-outside the model, are differentiated.
-"""
+"""What a model still gets right when its embeddings are attacked, on the labels: projected gradient descent."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,19 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from alum_kernels.adversarial.heads import Head, detect_head
-from alum_kernels.adversarial.hooks import PerturbationHooks, device_of, dropout_off, unwrap
-from alum_kernels.adversarial.labels import IGNORED_LABEL, LABEL_KEYS
-from alum_kernels.adversarial.sites import perturbed_sites
-from alum_kernels.ops.checks import check_choice, check_magnitude
-from alum_kernels.ops.noise_init import noise_init
-from alum_kernels.ops.projected_ascent import LEVELS, projected_ascent
+from alum_kernels.adversarial.heads import HEADS
+from alum_kernels.evaluation.attack import Attack, Radius, Subject
+from alum_kernels.evaluation.scoring import WHOLE_SAMPLE_HEADS, Judge
 
-ATTACKED_HEADS = ("classification", "masked_lm")
-ATTACK_NORMS = ("linf", "l2")
-_NORMALIZE = {"linf": "sign", "l2": "l2"}
+CLASS_HEADS = tuple(head for head in HEADS if head not in ("regression", "pretraining"))
+"""Heads whose rows are right or wrong, all in one way."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +23,10 @@ class RobustnessReport:
     Attributes:
         clean_accuracy: share of the rows that the model gets right.
         attacked_accuracy: share of the rows that it gets right at the clean point and at every point of the attack.
-        clean_loss, attacked_loss: mean cross-entropy of the rows, at the clean and at the last attacked point.
-        delta_rms: root mean square of an element of the last perturbation, over unmasked positions.
-        rows: number of rows, which are samples, or labelled positions of a masked-LM model.
+        clean_loss: mean cross-entropy of the rows.
+        attacked_loss: the same at the last attacked point, of each row the largest over the restarts.
+        delta_rms: root mean square of an element of the last perturbations, over unmasked positions.
+        rows: number of rows, which are samples, or labelled positions of a head that predicts at each position.
     """
 
     clean_accuracy: float
@@ -53,17 +41,18 @@ def accuracy_under_attack(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     *,
-    epsilon: float,
+    epsilon: Radius,
     steps: int = 3,
     step_size: float | None = None,
     norm: str = "linf",
     level: str = "token",
+    restarts: int = 1,
     seed: int = 0,
     modules: Sequence[str] = (),
     head: str | None = None,
     backend: str | None = None,
 ) -> RobustnessReport:
-    """Accuracy and loss of a classifier or masked-LM model, clean and under an attack on its embeddings.
+    """Accuracy and loss of a model that predicts classes, clean and under an attack on its embeddings.
 
     The model runs in evaluation mode and gets every submodule's own mode back. No parameter's gradient is computed or
     touched. The result is a function of the model, the samples in their order and ``seed``: how the samples are cut
@@ -71,18 +60,22 @@ def accuracy_under_attack(
 
     Args:
         model: a module called as ``model(**batch)``; ``DistributedDataParallel`` around it is seen through.
-        batches: arguments of the model, each with ``labels`` (B,), or (B, S) for a masked-LM head, where -100 marks
-            what is not counted; an ``attention_mask`` (B, S) says which positions stay as they are. Tensors are moved
-            to the model's device.
-        epsilon: radius of the ball, in units of the embeddings.
-        steps: gradient steps K; the attack costs K + 2 forward and K backward passes a batch. 0 leaves the noise.
+        batches: arguments of the model, each with the labels of its head, where -100 marks what is not counted; an
+            ``attention_mask`` (B, S) says which positions stay as they are. Tensors are moved to the model's device.
+        epsilon: radius of the ball, in units of the embeddings: a number; a tensor (N,) with one radius for each
+            sample of all batches in order; or a function of a batch that returns (B,), for radii that follow from it.
+        steps: gradient steps K; the attack costs 1 + R (K + 1) forward and R K backward passes a batch. 0 leaves the
+            noise.
         step_size: length of a step; None is 2.5 epsilon / K, so that K steps can cross the ball.
         norm: ``"linf"`` bounds each element by epsilon, ``"l2"`` the Euclidean norm of a group.
         level: the group of the l2 ball: ``"token"``, ``"sequence"`` or ``"batch"`` (which then depends on how samples
-            are batched).
-        seed: of the random start.
+            are batched). Each choice of a multiple-choice sample is a sequence.
+        restarts: attacks R from different random starts; a row must be right under all of them.
+        seed: of the random starts.
         modules: names of the perturbed modules; empty means the input embeddings, as in :class:`AdversarialConfig`.
-        head: ``"classification"`` or ``"masked_lm"``; None recognises it from the model's class.
+        head: one of ``CLASS_HEADS``; None recognises it from the model's class. A row is a sample; of a token,
+            masked, causal or sequence-to-sequence head a labelled position. The answer to a question is right if both
+            its ends are.
         backend: of the ops; None picks the fastest that can serve.
 
     Raises:
@@ -108,177 +101,74 @@ def accuracy_under_attack(
         >>> report.clean_accuracy, report.attacked_accuracy
         (1.0, 0.5)
     """
-    check_magnitude("epsilon", epsilon)
-    if step_size is not None:
-        check_magnitude("step_size", step_size)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps: expected an int >= 0, got {steps!r}")
-    check_choice("norm", norm, ATTACK_NORMS)
-    check_choice("level", level, LEVELS)
-    inner = unwrap(model)
-    chosen = detect_head(inner) if head is None else Head(head)
-    check_choice("head", chosen.name, ATTACKED_HEADS)
-    attack = _Attack(
-        model=inner,
-        head=chosen,
-        hooks=PerturbationHooks(perturbed_sites(inner, modules)),
-        epsilon=float(epsilon),
-        steps=steps,
-        step_size=2.5 * epsilon / max(steps, 1) if step_size is None else float(step_size),
+    attack = Attack(
+        model,
+        heads=CLASS_HEADS,
         norm=norm,
         level=level,
+        steps=steps,
+        step_size=step_size,
+        restarts=restarts,
         seed=seed,
+        modules=modules,
+        head=head,
         backend=backend,
     )
-    device = device_of(inner)
-    totals, samples = _Totals(*torch.zeros(len(_Totals._fields), dtype=torch.float64, device=device)), 0
-    try:
-        with dropout_off(inner):
-            for batch in batches:
-                moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-                sums, size = attack.run(moved, samples)
-                totals = _Totals(*map(torch.add, totals, sums))
-                samples += size
-    finally:
-        attack.hooks.remove()
-    rows, correct, robust, clean_loss, attacked_loss, delta_squared, elements = torch.stack(totals).tolist()
-    if rows == 0:
+    with attack:
+        sums = [_attacked(attack, subject) for subject in attack.subjects(batches, epsilon)]
+    totals = _Totals(*torch.stack([torch.stack(one) for one in sums]).sum(0).tolist())
+    if totals.rows == 0:
         raise ValueError("batches: expected at least one labelled row, got none")
     return RobustnessReport(
-        clean_accuracy=correct / rows,
-        attacked_accuracy=robust / rows,
-        clean_loss=clean_loss / rows,
-        attacked_loss=attacked_loss / rows,
-        delta_rms=math.sqrt(delta_squared / max(elements, 1)),
-        rows=int(rows),
+        clean_accuracy=totals.correct / totals.rows,
+        attacked_accuracy=totals.robust / totals.rows,
+        clean_loss=totals.clean_loss / totals.rows,
+        attacked_loss=totals.attacked_loss / totals.rows,
+        delta_rms=math.sqrt(totals.delta_squared / max(totals.elements, 1)),
+        rows=int(totals.rows),
     )
 
 
 class _Totals(NamedTuple):
-    """Sums over the rows of a batch, and over the elements of its perturbation: 0-d fp64 tensors."""
+    """Sums over the rows of a batch, and over the elements of its perturbations: 0-d fp64 tensors, or numbers."""
 
-    rows: Tensor
-    correct: Tensor
-    robust: Tensor
-    clean_loss: Tensor
-    attacked_loss: Tensor
-    delta_squared: Tensor
-    elements: Tensor
-
-
-@dataclass(frozen=True)
-class _Attack:
-    """The attack on one model, with its constants."""
-
-    model: nn.Module
-    head: Head
-    hooks: PerturbationHooks
-    epsilon: float
-    steps: int
-    step_size: float
-    norm: str
-    level: str
-    seed: int
-    backend: str | None
-
-    def run(self, batch: Mapping[str, Any], sample_offset: int) -> tuple[_Totals, int]:
-        """Attack one batch, whose first sample is at ``sample_offset``; its sums and its number of samples."""
-        inputs = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
-        with torch.no_grad(), self.hooks.recording() as embeds:
-            logits = self.head.logits(self.model(**inputs))
-        labels = _checked_labels(batch, logits)
-        counted = labels != IGNORED_LABEL
-        correct = counted & (logits.argmax(-1) == labels)
-        clean_loss = _cross_entropy_sum(logits, labels)
-
-        masks = [site.valid_positions(batch, embed) for site, embed in zip(self.hooks.sites, embeds, strict=True)]
-        points = [self._start(*place, sample_offset) for place in zip(range(len(embeds)), embeds, masks, strict=True)]
-        robust = correct
-        for step in range(self.steps + 1):
-            climbs = step < self.steps
-            leaves = [perturbed.requires_grad_(climbs) for perturbed, _ in points]
-            with (
-                torch.set_grad_enabled(climbs),
-                self.hooks.replacing(lambda index, output, leaves=leaves: leaves[index].clone()),
-            ):
-                logits = self.head.logits(self.model(**inputs))
-                loss = _cross_entropy_sum(logits, labels)
-            robust = robust & (logits.argmax(-1) == labels)
-            if climbs:
-                grads = torch.autograd.grad(loss, leaves)
-                deltas = [delta for _, delta in points]
-                points = [self._ascend(*place) for place in zip(embeds, grads, deltas, masks, strict=True)]
-
-        elements = sum(
-            torch.tensor(embed.numel(), device=embed.device) if mask is None else (mask != 0).sum() * embed.shape[2]
-            for embed, mask in zip(embeds, masks, strict=True)
-        )
-        totals = _Totals(
-            rows=counted.sum(),
-            correct=correct.sum(),
-            robust=robust.sum(),
-            clean_loss=clean_loss,
-            attacked_loss=loss.detach(),
-            delta_squared=sum(delta.double().square().sum() for _, delta in points),
-            elements=elements,
-        )
-        return _Totals(*(value.double() for value in totals)), embeds[0].shape[0]
-
-    def _start(self, stream: int, embeds: Tensor, mask: Tensor | None, sample_offset: int) -> tuple[Tensor, Tensor]:
-        """(B, S, H) embeddings at a random point of the ball, and the perturbation."""
-        return noise_init(
-            embeds,
-            std=self._half_width(embeds, mask),
-            distribution="uniform",
-            mask=mask,
-            seed=self.seed,
-            stream=stream,
-            sample_offset=sample_offset,
-            return_delta=True,
-            backend=self.backend,
-        )
-
-    def _ascend(self, embeds: Tensor, grad: Tensor, delta: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return projected_ascent(
-            embeds,
-            grad,
-            delta,
-            step_size=self.step_size,
-            epsilon=self.epsilon,
-            norm=self.norm,
-            normalize=_NORMALIZE[self.norm],
-            level=self.level,
-            mask=mask,
-            return_delta=True,
-            backend=self.backend,
-        )
-
-    def _half_width(self, embeds: Tensor, mask: Tensor | None) -> float | Tensor:
-        """Of the uniform start: a cube that lies in the ball, epsilon / sqrt(elements of a group) for l2."""
-        batch, length, width = embeds.shape
-        if self.norm == "linf":
-            return self.epsilon
-        if self.level == "token":
-            return self.epsilon / math.sqrt(max(width, 1))
-        valid = torch.full((batch,), length, device=embeds.device) if mask is None else (mask != 0).sum(1)
-        valid = valid if self.level == "sequence" else valid.sum()
-        return self.epsilon / torch.sqrt((valid * width).clamp(min=1).to(torch.float32))
+    rows: Any
+    correct: Any
+    robust: Any
+    clean_loss: Any
+    attacked_loss: Any
+    delta_squared: Any
+    elements: Any
 
 
-def _checked_labels(batch: Mapping[str, Any], logits: Tensor) -> Tensor:
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor):
-        raise ValueError(
-            f"batch: expected 'labels', whose loss is attacked; got {', '.join(batch) or 'an empty batch'}"
-        )
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(f"labels: expected shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
-    if labels.is_floating_point():
-        raise TypeError(f"labels: expected integers, got {labels.dtype}")
-    return labels
+def _attacked(attack: Attack, subject: Subject) -> _Totals:
+    judge = Judge(attack.head, subject.batch, subject.logits)
+    whole = attack.head.name in WHOLE_SAMPLE_HEADS
 
+    def right(logits: Sequence[Tensor]) -> Tensor:
+        found = judge.right(logits)
+        return judge.rows.all_by_sample(found) if whole else found
 
-def _cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed over the counted rows, in fp32 (fp64 for fp64 logits)."""
-    rows = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.cross_entropy(rows, labels.flatten(), reduction="sum", ignore_index=IGNORED_LABEL)
+    def lost(losses: Tensor) -> Tensor:
+        return judge.rows.by_sample(losses) if whole else losses
+
+    correct = right(subject.logits)
+    clean_loss = lost(judge.losses(subject.logits))
+    robust, attacked_loss = correct, torch.full_like(clean_loss, -math.inf)
+    delta_squared = torch.zeros((), dtype=torch.float64, device=correct.device)
+    for restart in range(attack.restarts):
+        for point in subject.climb(judge.losses, restart):
+            robust = robust & right(point.logits)
+        attacked_loss = torch.maximum(attacked_loss, lost(point.values))
+        for delta in point.deltas:
+            delta_squared += delta.double().square().sum()
+    totals = _Totals(
+        rows=judge.rows.counted.sum() if whole else torch.tensor(correct.numel(), device=correct.device),
+        correct=correct.sum(),
+        robust=robust.sum(),
+        clean_loss=clean_loss.double().sum(),
+        attacked_loss=attacked_loss.double().sum(),
+        delta_squared=delta_squared,
+        elements=subject.elements() * attack.restarts,
+    )
+    return _Totals(*(value.double() for value in totals))
