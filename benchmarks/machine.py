@@ -16,7 +16,10 @@ import torch
 from alum_kernels.backends import native
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("alum-kernels", "torch", "triton", "transformers", "liger-kernel", "smart-pytorch", "numpy")
+PACKAGES = (
+    "alum-kernels", "torch", "triton", "transformers", "liger-kernel", "smart-pytorch", "numpy",
+    "scikit-learn", "scipy", "seqeval",
+)  # fmt: skip
 
 
 def cpu_model() -> str:
@@ -101,12 +104,16 @@ def slug(known: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def result_path(path: Path, what: str, known: dict[str, Any]) -> Path:
+    """The file itself, or ``<machine>-<what>.json`` in a folder (one that exists, or a path without a suffix)."""
+    return path / f"{slug(known)}-{what}.json" if path.is_dir() or not path.suffix else path
+
+
 def write_results(path: Path, what: str, known: dict[str, Any], **content: Any) -> Path:
     """Write one measurement as JSON.
 
     Args:
-        path: a file, or a folder (one that exists, or a path without a suffix), in which the file is called
-            ``<machine>-<what>.json``.
+        path: a file, or a folder; see :func:`result_path`.
         what: ``ops``, ``accuracy``, ``step``, ``linear-head`` or ``resources``.
         known: of :func:`facts`, taken when the measurement began.
         content: the measurements.
@@ -114,8 +121,7 @@ def write_results(path: Path, what: str, known: dict[str, Any], **content: Any) 
     Returns:
         The file.
     """
-    if path.is_dir() or not path.suffix:
-        path = path / f"{slug(known)}-{what}.json"
+    path = result_path(path, what, known)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"benchmark": what, "machine": known, **content}, indent=1) + "\n")
     print(f"written: {path}")

@@ -22,13 +22,17 @@ class CorpusError(ValueError):
 
 @dataclass(frozen=True)
 class LabelledText:
-    """Sentences, or pairs of them, with class indices."""
+    """Sentences, or pairs of them, with class indices, or with scores where the task is a regression."""
 
     texts: list[tuple[str, ...]]
-    labels: list[int]
+    labels: list[int] | list[float]
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def lengths(self) -> list[int]:
+        """Characters of each example, which tell roughly how many tokens it has."""
+        return [sum(map(len, texts)) for texts in self.texts]
 
 
 @dataclass(frozen=True)
@@ -114,26 +118,36 @@ def tsv_classification(train: Path, dev: Path) -> Classification:
     return Classification(train.stem, *parts, classes)
 
 
-def _read_tsv(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+def text_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 file as they are, without a byte-order mark and line ends; quotes mean nothing.
+
+    Raises:
+        CorpusError: the file cannot be read or is empty.
+    """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise CorpusError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    if lines and lines[-1] == "":
+    if lines[-1] == "":
         lines.pop()
+    if not lines:
+        raise CorpusError(f"{path}: expected one example a line, the file is empty")
+    return [line.removesuffix("\r") for line in lines]
+
+
+def _read_tsv(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    lines = text_lines(path)
     rows = []
     for number, line in enumerate(lines, 1):
-        label, *texts = line.removesuffix("\r").split("\t")
+        label, *texts = line.split("\t")
         if len(texts) not in (1, 2) or not label.strip() or not texts[0].strip():
             raise CorpusError(
                 f"{path}:{number}: expected 'label<TAB>text' or 'label<TAB>text<TAB>second text', "
                 f"got {1 + len(texts)} columns: {line[:60]!r}"
             )
         rows.append((label.strip(), tuple(texts)))
-    if not rows:
-        raise CorpusError(f"{path}: expected one example a line, the file is empty")
     return rows
 
 
@@ -144,6 +158,29 @@ def hub_classification(name: str) -> Classification:
 
     Raises:
         CorpusError: the package ``datasets`` is missing, or the data set has no such columns or cannot be had.
+    """
+    train, dev = hub_splits(name)
+    features = train.features
+    texts = [column for column, feature in features.items() if getattr(feature, "dtype", "") == "string"][:2]
+    if "label" not in features or not texts:
+        raise CorpusError(f"data set {name}: expected a column label and one of strings, got {', '.join(features)}")
+    classes = getattr(features["label"], "names", None) or sorted(set(train["label"]))
+    index = {value: number for number, value in enumerate(sorted(set(train["label"])))}
+
+    def part(split) -> LabelledText:
+        rows = [row for row in split if row["label"] in index]
+        return LabelledText(
+            [tuple(row[column] for column in texts) for row in rows], [index[row["label"]] for row in rows]
+        )
+
+    return Classification(name, part(train), part(dev), tuple(map(str, classes)))
+
+
+def hub_splits(name: str) -> tuple:
+    """The training and the development split of a data set of the Hub, ``name`` or ``name:configuration``.
+
+    Raises:
+        CorpusError: the package ``datasets`` is missing, the data set cannot be had, or it has no such splits.
     """
     try:
         import datasets
@@ -157,17 +194,4 @@ def hub_classification(name: str) -> Classification:
     dev_name = next((split for split in ("validation", "dev", "test") if split in loaded), None)
     if "train" not in loaded or dev_name is None:
         raise CorpusError(f"data set {name}: expected splits train and validation or test, got {', '.join(loaded)}")
-    features = loaded["train"].features
-    texts = [column for column, feature in features.items() if getattr(feature, "dtype", "") == "string"][:2]
-    if "label" not in features or not texts:
-        raise CorpusError(f"data set {name}: expected a column label and one of strings, got {', '.join(features)}")
-    classes = getattr(features["label"], "names", None) or sorted(set(loaded["train"]["label"]))
-    index = {value: number for number, value in enumerate(sorted(set(loaded["train"]["label"])))}
-
-    def part(split: str) -> LabelledText:
-        rows = [row for row in loaded[split] if row["label"] in index]
-        return LabelledText(
-            [tuple(row[column] for column in texts) for row in rows], [index[row["label"]] for row in rows]
-        )
-
-    return Classification(name, part("train"), part(dev_name), tuple(map(str, classes)))
+    return loaded["train"], loaded[dev_name]

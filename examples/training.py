@@ -1,7 +1,7 @@
 """A plain PyTorch training loop, for standard and adversarial training alike, and what it measured."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -17,6 +17,12 @@ Batch = dict[str, Tensor]
 
 TELEMETRY_INTERVAL = 5
 WARM_UP_SHARE = 0.1
+POOL = 16
+"""Batches among which examples are sorted by length."""
+
+
+class MethodError(ValueError):
+    """A method that cannot be applied to a model; the message says why."""
 
 
 @dataclass
@@ -44,6 +50,39 @@ class Run:
         return sum(values) / len(values) if values else None
 
 
+def adversarial_objective(model: nn.Module, config: AdversarialConfig | None) -> AdversarialObjective | None:
+    """The objective of a method, None for standard training.
+
+    Raises:
+        MethodError: the method has no meaning for this model.
+    """
+    if config is None:
+        return None
+    try:
+        return AdversarialObjective(model, config)
+    except ValueError as error:
+        raise MethodError(f"method {config.method}: not for {type(model).__name__}: {error}") from error
+
+
+def training_step(
+    model: nn.Module, objective: AdversarialObjective | None, optimizer: torch.optim.Optimizer, batch: Batch
+) -> Tensor:
+    """One batch, from its forward pass to the changed parameters; the task's loss, detached."""
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    if objective is None:
+        loss = model(**batch).loss
+        loss.backward()
+    else:
+        replays = objective.config.backward == "replay"
+        loss = objective.backward(batch, update=update if replays else None)["task_loss"]
+    update()
+    return loss.detach()
+
+
 def train(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -52,31 +91,30 @@ def train(
     *,
     learning_rate: float,
     device: torch.device,
+    keep_bar: bool = True,
 ) -> Run:
     """One pass over the batches with AdamW; ``config`` None is standard training. ``run`` is filled as it goes."""
     model.to(device).train()
-    objective = None if config is None else AdversarialObjective(model, config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    objective = adversarial_objective(model, config)
+    optimizer = adamw(model, objective, learning_rate)
     warm_up = max(1, int(len(batches) * WARM_UP_SHARE))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (len(batches) - step) / max(1, len(batches) - warm_up))
     )
     try:
-        with tqdm(batches, desc=f"{run.task}, {run.method}", unit="step", dynamic_ncols=True) as progress:
+        with tqdm(
+            batches, desc=f"{run.task}, {run.method}", unit="step", dynamic_ncols=True, leave=keep_bar
+        ) as progress:
             for step, batch in enumerate(progress):
                 placed = {name: tensor.to(device) for name, tensor in batch.items()}
+                if objective is not None:
+                    objective.set_progress(step, len(batches))
                 started = _clock(device)
-                optimizer.zero_grad(set_to_none=True)
-                if objective is None:
-                    loss = model(**placed).loss
-                    loss.backward()
-                else:
-                    loss = objective.backward(placed)["task_loss"]
-                optimizer.step()
+                loss = training_step(model, objective, optimizer, placed)
                 run.seconds.append(_clock(device) - started)
                 schedule.step()
                 run.steps.append(step)
-                run.losses.append(float(loss.detach()))
+                run.losses.append(float(loss))
                 if objective is not None and (step + 1) % TELEMETRY_INTERVAL == 0:
                     run.telemetry.append({"step": step, **objective.telemetry.read()})
                 progress.set_postfix(loss=f"{run.losses[-1]:.3f}")
@@ -86,6 +124,14 @@ def train(
     return run
 
 
+def adamw(model: nn.Module, objective: AdversarialObjective | None, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer, which the teacher of a proximal term follows."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    if objective is not None and objective.config.proximal > 0:
+        objective.follow(optimizer)
+    return optimizer
+
+
 def _clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -93,22 +139,58 @@ def _clock(device: torch.device) -> float:
 
 
 def classification_batches(
-    tokenizer, texts: LabelledText, *, size: int, length: int, generator: torch.Generator | None = None
+    tokenizer,
+    texts: LabelledText,
+    *,
+    size: int,
+    length: int,
+    generator: torch.Generator | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Padded batches in order, or endlessly in the random order of ``generator``."""
+    """Padded batches of :func:`ordered_batches`; labels are classes or scores."""
+
+    def encode(chosen: list[int]) -> Batch:
+        rows = [texts.texts[index] for index in chosen]
+        pairs = [row[1] for row in rows] if len(rows[0]) == 2 else None
+        encoded = tokenizer(
+            [row[0] for row in rows], pairs, truncation=True, max_length=length, padding=True, return_tensors="pt"
+        )
+        return {**encoded, "labels": torch.tensor([texts.labels[index] for index in chosen])}
+
+    return ordered_batches(len(texts), encode, size=size, generator=generator, lengths=lengths)
+
+
+def ordered_batches(
+    count: int,
+    encode: Callable[[list[int]], Batch],
+    *,
+    size: int,
+    generator: torch.Generator | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Encoded groups of ``size`` out of ``count`` examples, in order or endlessly in the random order of ``generator``.
+
+    A last group that is smaller is left out of random orders. With ``lengths`` a random order has examples of similar
+    length side by side, within every ``POOL`` batches, which leaves little padding; the batches come in random order.
+    """
     while True:
-        order = torch.randperm(len(texts), generator=generator) if generator else torch.arange(len(texts))
-        for chosen in order.split(size):
-            rows = [texts.texts[index] for index in chosen]
-            if generator and len(rows) < size:
-                continue
-            pairs = [row[1] for row in rows] if len(rows[0]) == 2 else None
-            encoded = tokenizer(
-                [row[0] for row in rows], pairs, truncation=True, max_length=length, padding=True, return_tensors="pt"
-            )
-            yield {**encoded, "labels": torch.tensor([texts.labels[index] for index in chosen])}
-        if generator is None or len(texts) < size:
+        order = torch.randperm(count, generator=generator) if generator else torch.arange(count)
+        groups = list(order.split(size))
+        if generator is not None and lengths is not None:
+            groups = [
+                group for pool in order.split(size * POOL) for group in _by_length(pool, size, generator, lengths)
+            ]
+        for chosen in groups:
+            if generator is None or len(chosen) == size:
+                yield encode(chosen.tolist())
+        if generator is None or count < size:
             return
+
+
+def _by_length(pool: Tensor, size: int, generator: torch.Generator, lengths: Sequence[int]) -> list[Tensor]:
+    ordered = torch.tensor(sorted(pool.tolist(), key=lengths.__getitem__))
+    groups = ordered.split(size)
+    return [groups[place] for place in torch.randperm(len(groups), generator=generator).tolist()]
 
 
 def take(batches: Iterable[Batch], count: int) -> list[Batch]:
