@@ -70,3 +70,38 @@ def divergence_rows(a: Tensor, b: Tensor, divergence: str, gradient: str = "full
     if gradient == "detach_clean" or (gradient == "detach_targets" and divergence == "kl"):
         return formula(divergence, a, b.detach())
     return formula(divergence, a, b)
+
+
+def sample_losses(task: str, outputs: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(B,) losses of the samples, means over what is labelled in each, and which samples have a label at all."""
+    if task == "regression":
+        losses = (outputs.logits.flatten() - batch["labels"]) ** 2
+        return losses, torch.ones_like(losses, dtype=torch.bool)
+    if task == "spans":
+        lengths = batch["attention_mask"].sum(1).tolist()
+        sides = ((outputs.start_logits, batch["start_positions"]), (outputs.end_logits, batch["end_positions"]))
+        ends = [
+            [_surprise(logits[b, :length], labels[b]) for b, length in enumerate(lengths)] for logits, labels in sides
+        ]
+        losses = torch.stack([torch.stack(side) for side in ends]).mean(0)
+        inside = [(labels >= 0) & (labels < batch["attention_mask"].sum(1)) for _, labels in sides]
+        return losses, inside[0] | inside[1]
+    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+    labels = batch["labels"]
+    if task in ("classification", "choice"):
+        return torch.stack([_surprise(*pair) for pair in zip(logits, labels, strict=True)]), labels >= 0
+    if task == "causal_lm":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = []
+    for own, wanted in zip(logits, labels, strict=True):
+        places = (wanted != -100).nonzero().flatten().tolist()
+        total = sum((_surprise(own[place], wanted[place]) for place in places), start=0 * own.sum())
+        losses.append(total / max(len(places), 1))
+    return torch.stack(losses), (labels != -100).any(1)
+
+
+def _surprise(logits: Tensor, label: Tensor) -> Tensor:
+    """Minus the logarithm of a label's probability; 0 where the label is none of the classes."""
+    if not 0 <= label < len(logits):
+        return 0 * logits.sum()
+    return logits.logsumexp(0) - logits[label]

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import oracle
 import torch
-from compared_rows import Rows, compared, divergences
+from compared_rows import Rows, compared, divergences, sample_losses
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alum_kernels import AdversarialConfig
 
@@ -237,6 +238,9 @@ def step(
         first_layer: module whose output the inner steps of YOPO end at.
     """
     climb = Climb(problem, config, seed, sample_offset, initial)
+    if config.ascent == "linearity":
+        with sdpa_kernel(SDPBackend.MATH):  # other attention has no second derivative
+            return _trained_to_be_linear(problem, config, climb)
     if config.backward == "final":
         return _trained_at_the_end(problem, config, climb, teacher)
     return _trained_on_the_way(problem, config, climb, learning_rate, first_layer)
@@ -325,6 +329,33 @@ def _trained_on_the_way(
     mean = torch.stack(losses).mean()
     whole = weight * (losses[-1] if replays else torch.stack(losses).sum())
     return Written(whole, mean, adversarial_loss=mean, gradients=total, deltas=visited)
+
+
+def _trained_to_be_linear(problem: Problem, config: AdversarialConfig, climb: Climb) -> Written:
+    def losses(deltas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = problem.run(deltas, detach=config.detach_embeddings and deltas is not here)
+        return problem.task_loss(outputs), *sample_losses(problem.task, outputs, problem.batch)
+
+    def along(deltas: list[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+        """(B,) delta . g, of all rows and sites of a sample."""
+        parts = zip(deltas, slopes, strict=True)
+        return sum((delta * slope).reshape(len(clean), -1).sum(1) for delta, slope in parts)
+
+    here = [torch.zeros_like(delta).requires_grad_() for delta in climb.deltas]
+    task_loss, clean, labelled = losses(here)
+    slopes = torch.autograd.grad(clean.sum(), here, create_graph=True)
+    fixed = [slope.detach() for slope in slopes]
+    visited = [list(climb.deltas)]
+    for k in range(config.steps):
+        leaves = climb.leaves()
+        gamma = (losses(leaves)[1] - clean.detach() - along(leaves, fixed)).abs()
+        climb.up(torch.autograd.grad(gamma.sum(), leaves), last=k == config.steps - 1)
+        visited.append(list(climb.deltas))
+    slope = along(climb.deltas, slopes)
+    gamma = (losses(climb.deltas)[1] - clean - slope).abs()
+    loss = config.clean_weight * task_loss
+    loss = loss + config.linearity * gamma[labelled].mean() + config.linearity_gradient * slope.abs()[labelled].mean()
+    return Written(loss, task_loss, gradients=_gradients(problem.model, loss), deltas=visited)
 
 
 @contextmanager

@@ -56,6 +56,13 @@ def test_each_side_of_an_encoder_decoder_has_its_own():
             objective.remove_hooks()
 
 
+def test_a_list_within_a_layer_is_none_of_layers():
+    """T5's block is a list of an attention and the rest, longer than that of one block."""
+    model = tiny_models.make("t5", "seq2seq", num_layers=1, num_decoder_layers=1)
+    assert FirstLayer(model).name == "encoder.block.0"
+    assert FirstLayer(model, decoder=True).name == "decoder.block.0"
+
+
 def test_a_layer_that_runs_several_times_counts_where_it_runs_first():
     """ALBERT's: the gradient to the first run's output, and that run alone again."""
     model = tiny_models.make("albert", "classification", dtype=torch.float64)

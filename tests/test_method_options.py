@@ -4,8 +4,23 @@ import copy
 
 import pytest
 import torch
-from method_cases import LARGE, WORDS, assert_same, check, example, mean_loss, preset, run, tolerance, visible, written
-from step_oracle import At
+from compared_rows import divergence_rows
+from method_cases import (
+    LARGE,
+    WORDS,
+    assert_same,
+    check,
+    example,
+    mean_loss,
+    objective_of,
+    preset,
+    run,
+    site_of,
+    tolerance,
+    visible,
+    written,
+)
+from step_oracle import At, Problem
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 
@@ -245,3 +260,26 @@ def test_a_loss_of_the_callers():
     model, batch = example("bag", "classification")
     logits = model(batch["input_ids"], batch["attention_mask"])
     assert torch.equal(mean_loss(logits, batch), check("bag", "classification", config).task_loss)
+
+
+@pytest.mark.parametrize("method", ["smart", "vat", "pgd", "freelb", "freeat", "yopo"])
+def test_the_telemetry_compares_the_first_point_with_the_last(method):
+    config = visible(method).replace(steps=3)
+    model, batch = copy.deepcopy(example("bag", "classification"))
+    objective, seed = objective_of("bag", model, config), torch.tensor([977])
+    expected = written("bag", copy.deepcopy(model), batch, "classification", config)
+    problem = Problem(copy.deepcopy(model), batch, "classification", site_of("bag", config), mean_loss)
+    options = {"update": lambda: None} if method == "freeat" else {}
+    objective.forward(batch, seed=seed, sample_offset=3, backward=torch.Tensor.backward, **options)
+    figures = objective.telemetry.read()
+    if method == "freeat":  # the oracle's replays update the model
+        expected = written("bag", copy.deepcopy(model), batch, "classification", config, learning_rate=0.0)
+    with torch.no_grad():
+        clean, first, last = (problem.run(deltas) for deltas in (None, expected.deltas[0], expected.deltas[-1]))
+    if config.ascent == "task":
+        increase = mean_loss(last, batch) - mean_loss(first, batch)
+        assert figures["task_increase"] == pytest.approx(increase.item(), rel=1e-4)
+        assert "ascent_gain" not in figures
+    else:
+        at_last, at_first = (divergence_rows(logits, clean, config.divergence).sum().item() for logits in (last, first))
+        assert figures["ascent_gain"] == pytest.approx(at_last / at_first, rel=1e-4)
