@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
-from alum_kernels.adversarial.hooks import PerturbationHooks, RandomState, dropout_off, unwrap
+from alum_kernels.adversarial.hooks import PerturbationHooks
+from alum_kernels.adversarial.model_state import RandomState, dropout_off, unwrap
 from alum_kernels.adversarial.sites import Site, perturbed_sites
 
 STILL = AdversarialConfig(std=0.0, step_size=0.0, epsilon=0.0)

@@ -217,7 +217,16 @@ def sample_by_sample(model: nn.Module, batch: dict, deltas: list[Tensor], config
         slopes.append(slope.abs())
         gammas.append((reached - clean - slope).abs())
     terms = (config.linearity, gammas), (config.linearity_gradient, slopes)
-    return torch.stack([weight * torch.stack(values).mean() for weight, values in terms]).sum()
+    counts = labels_of_each(batch)
+    return torch.stack([weight * (torch.stack(values) * counts).sum() / counts.sum() for weight, values in terms]).sum()
+
+
+def labels_of_each(batch: dict[str, Tensor]) -> Tensor:
+    """(B,) how many labels each sample's loss is the mean of; a causal model predicts none at its first position."""
+    labels = batch.get("labels")
+    if labels is None or labels.dim() == 1:
+        return torch.ones(len(batch["input_ids"]))
+    return (labels != -100).sum(1)
 
 
 def made(family: str, task: str) -> tuple[nn.Module, dict]:

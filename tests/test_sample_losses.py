@@ -59,7 +59,7 @@ def test_the_mean_of_a_classifier_is_its_own_loss_and_ignored_samples_do_not_cou
     assert SampleLosses(head, batch).mean(losses) == 0
 
 
-def test_samples_without_a_labelled_position_do_not_count():
+def test_samples_count_as_often_as_they_have_a_labelled_position():
     batch = tiny_models.masked_lm_batch()
     batch["labels"][2] = -100
     model = tiny_models.bert_masked_lm()
@@ -67,7 +67,10 @@ def test_samples_without_a_labelled_position_do_not_count():
     samples = SampleLosses(head, batch)
     losses = samples(predictions(model, head, batch))
     assert losses[2] == 0
-    torch.testing.assert_close(samples.mean(losses), losses[[0, 1, 3]].mean())
+    counts = (batch["labels"] != -100).sum(1)
+    assert len(set(counts.tolist())) == 3
+    torch.testing.assert_close(samples.mean(losses), (losses * counts).sum() / counts.sum())
+    torch.testing.assert_close(samples.mean(losses), model(**batch).loss)
 
 
 def test_padding_takes_no_part_in_an_answer_and_its_second_derivatives_are_finite():

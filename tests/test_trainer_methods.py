@@ -65,6 +65,22 @@ def test_the_share_of_a_micro_batch_is_the_parents(accepts, tmp_path):
     torch.testing.assert_close(results[1], results[0], rtol=1e-8, atol=1e-12)
 
 
+def test_local_linearity_of_micro_batches_adds_up_over_unequal_labels(tmp_path):
+    results = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        trainer, gradients = trainer_of(
+            tiny_models.bert_masked_lm().double(),
+            tmp_path,
+            MASKED_LM,
+            AdversarialConfig.llr(fused_head=False),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+        )
+        trainer.train()
+        results.append(gradients[0])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-7, atol=1e-10)
+
+
 def test_a_replayed_batch_updates_the_model_each_time(tmp_path):
     config = METHODS["freeat"]
     trained = tiny_models.bert().double()

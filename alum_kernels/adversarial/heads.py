@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alum_kernels.adversarial.hooks import unwrap
 from alum_kernels.adversarial.labels import IGNORED_LABEL, LABEL_KEYS
+from alum_kernels.adversarial.model_state import unwrap
 from alum_kernels.adversarial.positions import continued_positions, visible_positions
 from alum_kernels.ops.checks import check_choice
 from alum_kernels.ops.squared_error import squared_error

@@ -15,22 +15,6 @@ from torch import Tensor, nn
 from alum_kernels.adversarial.sites import Site
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``DistributedDataParallel``; any other module as it is."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters are.
-
-    Raises:
-        ValueError: the model has none.
-    """
-    for parameter in model.parameters():
-        return parameter.device
-    raise ValueError(f"model: expected parameters, {type(model).__name__} has none")
-
-
 class PerturbationHooks:
     """Forward hooks at the perturbed sites of one model."""
 
@@ -109,29 +93,3 @@ class PerturbationHooks:
                     f"{name}: expected to run exactly once in a forward pass, ran {calls} times; "
                     "name other modules in AdversarialConfig(modules=(...))"
                 )
-
-
-@contextmanager
-def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Every submodule in evaluation mode within the context, each one's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-class RandomState:
-    """Snapshot of the default generators that dropout draws from: the CPU's and ``device``'s."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)

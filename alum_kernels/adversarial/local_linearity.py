@@ -19,19 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from alum_kernels.adversarial.hooks import unwrap
-from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE, Prediction
+from alum_kernels.adversarial.predictions import Prediction
 from alum_kernels.adversarial.proximal import BregmanProximal
 from alum_kernels.adversarial.sample_losses import SampleLosses
-from alum_kernels.adversarial.steps import (
-    Replace,
-    Step,
-    StepResult,
-    TaskPass,
-    in_fp16,
-    proximity_to_teacher,
-    required_gradients,
-)
+from alum_kernels.adversarial.step import Replace, Step, StepResult, TaskPass
 
 
 @dataclass(frozen=True)
@@ -94,25 +85,33 @@ def train_local_linearity(step: Step, proximal: BregmanProximal | None) -> StepR
 
 
 def _train(step: Step, proximal: BregmanProximal | None) -> StepResult:
-    config = step.config
+    config, weights = step.config, step.weights
     task, live = _run_clean(step)
-    parts = [step.clean_weight * task.loss] if step.clean_weight > 0 else []
-    proximity = None
+    parts = [weights.clean * task.loss] if weights.clean > 0 else []
+    proximity = gamma = None
     if proximal is not None:
-        proximity = proximity_to_teacher(step, task, proximal)
+        proximity = step.proximity(task, proximal)
         parts.append(config.proximal * proximity)
-    if step.sample_losses is not None:
+    if weights.perturbs:
         gamma, slope = _local_linearity(step, task, live)
-        parts.append(step.strength * (config.linearity * gamma + config.linearity_gradient * slope))
+        parts.append(weights.linearity * gamma + weights.linearity_gradient * slope)
     if config.telemetry:
         distance = {} if proximity is None else {"proximal": proximity}
         step.telemetry.add(steps=torch.ones_like(task.loss), **distance)
-    nothing = torch.zeros((), device=task.loss.device)
-    return StepResult(sum(parts[1:], parts[0]), task.loss, nothing, None, proximity, task.outputs)
+    return StepResult(
+        loss=sum(parts[1:], parts[0]),
+        task_loss=task.loss,
+        outputs=task.outputs,
+        proximal=proximity,
+        linearity=gamma,
+    )
 
 
 def _run_clean(step: Step) -> tuple[TaskPass, list[Tensor]]:
-    """The task at the clean point, and the tensors at the sites, part of its graph."""
+    """The task at the clean point, and the tensors at the sites, part of its graph.
+
+    It runs inside ``DistributedDataParallel``, which waits for one forward and one backward: the final ones.
+    """
     live: dict[int, Tensor] = {}
 
     def watch(index: int, output: Tensor) -> Tensor:
@@ -121,7 +120,7 @@ def _run_clean(step: Step) -> tuple[TaskPass, list[Tensor]]:
         return live[index].clone()  # a model may change what it gets in place
 
     with torch.enable_grad(), step.hooks.replacing(watch):
-        task = step.task()
+        task = step.task(step.inner)
     step.hooks.check_calls()
     return task, [live[index] for index in range(len(live))]
 
@@ -144,7 +143,7 @@ def _local_linearity(step: Step, task: TaskPass, live: list[Tensor]) -> tuple[Te
         step.telemetry.add(linearity=gamma, **climbed, **perturbation.figures())
     if step.check_signal:
         with torch.no_grad():
-            at_half = clean.remainder(*_losses_at(step, samples, unwrap(step.model), perturbation.halved))
+            at_half = clean.remainder(*_losses_at(step, samples, step.inner, perturbation.halved))
         step.telemetry.add(signal_full=gamma, signal_half=samples.mean(at_half.abs()))
     return gamma, samples.mean(slope.abs())
 
@@ -156,18 +155,8 @@ def _expand(step: Step, losses: Tensor, live: list[Tensor]) -> Expansion:
                 f"modules: expected the same number of rows for each of {losses.shape[0]} samples at {name}, whose "
                 f"losses are expanded apart, got shape {tuple(embeds.shape)}"
             )
-    # a loss's gradient is small where its fp16 activations have lost it
-    scale = FP16_GRAD_SCALE if in_fp16(live[0]) else 1.0
-    grads = torch.autograd.grad(
-        losses,
-        live,
-        torch.full_like(losses, scale),
-        create_graph=torch.is_grad_enabled(),
-        retain_graph=True,
-        allow_unused=True,
-    )
-    wide = [grad.to(losses.dtype) / scale for grad in required_gradients(step, grads)]
-    return Expansion(losses, [embeds.detach() for embeds in live], wide)
+    gradients = step.gradients(losses, live, create_graph=torch.is_grad_enabled())
+    return Expansion(losses, [embeds.detach() for embeds in live], gradients)
 
 
 def _ascend(step: Step, samples: SampleLosses, clean: Expansion) -> Tensor | None:
@@ -176,18 +165,12 @@ def _ascend(step: Step, samples: SampleLosses, clean: Expansion) -> Tensor | Non
     for _ in range(step.config.steps):
         leaves = step.leaves()
         with torch.enable_grad():
-            losses, points = _losses_at(
-                step, samples, unwrap(step.model), lambda index, _, leaves=leaves: leaves[index]
-            )
+            losses, points = _losses_at(step, samples, step.inner, lambda index, _, leaves=leaves: leaves[index])
         remainder = clean.remainder(losses.detach(), points)
         sign = remainder.sign()
-        scale = FP16_GRAD_SCALE if in_fp16(leaves[0]) else 1.0
-        grads = required_gradients(step, torch.autograd.grad(losses, leaves, sign * scale, allow_unused=True))
+        pairs = zip(step.gradients(losses, leaves, sign), clean.gradients, strict=True)
         step.perturbation.climb(
-            [
-                grad.to(fixed.dtype) / scale - clean.over_rows(sign, index) * fixed
-                for index, (grad, fixed) in enumerate(zip(grads, clean.gradients, strict=True))
-            ]
+            [grad - clean.over_rows(sign, index) * fixed for index, (grad, fixed) in enumerate(pairs)]
         )
         start = samples.mean(remainder.abs()) if start is None else start
     return start

@@ -1,10 +1,10 @@
 """One adversarial training step around an unchanged model.
 
-What a step runs is in ``steps.py``; here are its loss, its seeds and its state. A language model's predictions are
-compared without its logits where its head allows it (``linear_head.py``).
+What a step runs is in ``at_the_end.py``, ``on_the_way.py`` and ``local_linearity.py``; here are its loss, its seeds
+and its state. A language model's predictions are compared without its logits where its head allows it
+(``fused_head.py``).
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -12,32 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alum_kernels.adversarial.at_the_end import train_at_the_end
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.first_layer import FirstLayer
+from alum_kernels.adversarial.fused_head import FusedHead
 from alum_kernels.adversarial.heads import Head, detect_head
-from alum_kernels.adversarial.hooks import PerturbationHooks, RandomState, device_of, dropout_off, unwrap
-from alum_kernels.adversarial.linear_head import LinearHead, find_linear_head
+from alum_kernels.adversarial.hooks import PerturbationHooks
+from alum_kernels.adversarial.linear_head import LinearHead
 from alum_kernels.adversarial.local_linearity import check_second_derivatives, train_local_linearity
+from alum_kernels.adversarial.model_state import RandomState, device_of, dropout_off, unwrap
+from alum_kernels.adversarial.on_the_way import train_on_the_way
 from alum_kernels.adversarial.output import AdversarialOutput
-from alum_kernels.adversarial.passes import (
-    LinearPasses,
-    LogitPasses,
-    loss_of,
-    one_sample,
-    refusal,
-    without_labels,
-)
+from alum_kernels.adversarial.passes import LinearPasses, LogitPasses, Passes, loss_of, without_labels
 from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
 from alum_kernels.adversarial.proximal import BregmanProximal
 from alum_kernels.adversarial.sample_losses import SampleLosses
 from alum_kernels.adversarial.schedule import Progress
 from alum_kernels.adversarial.sites import perturbed_sites
-from alum_kernels.adversarial.steps import Step, StepResult, TaskPass, train_at_the_end, train_on_the_way
+from alum_kernels.adversarial.step import Step, StepResult, TaskPass, Weights
 from alum_kernels.adversarial.telemetry import Telemetry
-from alum_kernels.ops.linear_arguments import LINEAR_DIVERGENCES
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
-RunTask = Callable[[], tuple[Tensor, Any]]
+RunTask = Callable[[nn.Module], tuple[Tensor, Any]]
 Backward = Callable[[Tensor], None]
 
 
@@ -109,8 +105,12 @@ class AdversarialObjective:
         self._progress: Progress | None = None
         self._proximal: BregmanProximal | None = None
         self._proximal_state: Mapping[str, Any] | None = None
-        self._verified = False
-        self.linear_head = self._find_linear_head()
+        self._fused = FusedHead(model, self.head, config, own_loss=loss is None)
+
+    @property
+    def linear_head(self) -> LinearHead | None:
+        """The head by which a language model is trained without its logits; None where it goes through them."""
+        return self._fused.linear
 
     def __call__(self, **batch: Any) -> AdversarialOutput:
         """The loss of one batch, with a fresh draw of noise; call ``.loss.backward()`` on the result."""
@@ -156,8 +156,8 @@ class AdversarialObjective:
 
         Args:
             batch: arguments of the model, labels included.
-            run_task: a trainer's own way to run the model on the batch, giving (task loss, model output); None runs
-                ``model(**batch)``.
+            run_task: a trainer's own way to run a model on the batch, giving (task loss, output); called with this
+                model, or with the one inside ``DistributedDataParallel``. None runs ``model(**batch)``.
             standard_loss: the loss of ``run_task`` is the model's own mean over the labels, so that a linear head may
                 stand in for it.
             seed: one-element int64 tensor, see :meth:`draw_seed`; None draws one. Batches that are accumulated into one
@@ -168,14 +168,39 @@ class AdversarialObjective:
                 train on every pass.
             update: as in :meth:`backward`.
 
+        Returns:
+            The loss to differentiate, its parts, and what the model returned.
+
         Raises:
             ValueError: the model gave no loss, the batch lacks what the head needs, or the method needs an argument,
                 :meth:`follow` or :meth:`set_progress` that it did not get.
             RuntimeError: a perturbed module did not run exactly once in a pass.
         """
         config = self.config
-        if run_task is not None and not standard_loss:
+        self._check_call(backward, update)
+        own_loss = run_task is None or standard_loss
+        if not own_loss:
             self._refuse_other_losses("run_task")
+        inputs = self._inputs(batch)
+        with dropout_off(self.model) if config.dropout == "off" else nullcontext():
+            linear = self._fused.of_batch(batch, own_loss)
+            if linear is not None:
+                passes = LinearPasses(self.head, batch, config.positions, linear)
+            else:
+                passes = LogitPasses(self.head, batch, config.positions) if config.compares else None
+
+            def task(model: nn.Module) -> TaskPass:
+                if linear is not None:
+                    return TaskPass(*passes.run_clean(lambda: model(**inputs)))
+                loss, outputs = run_task(model) if run_task is not None else self._run_task(model, batch)
+                return TaskPass(loss, outputs, [] if passes is None else passes.read(outputs))
+
+            draw = (seed, sample_offset, delta)
+            result = self._run_step(batch, inputs, passes, task, draw, backward, update)
+        return AdversarialOutput.of(result)
+
+    def _check_call(self, backward: Backward | None, update: Callable[[], None] | None) -> None:
+        config = self.config
         if config.backward != "final" and backward is None:
             raise ValueError(
                 f"backward: {config.method} trains on every pass of an ascent, call AdversarialObjective.backward"
@@ -185,56 +210,36 @@ class AdversarialObjective:
                 "an optimizer step between the replays" if update is None else "None: only 'replay' methods take one"
             )
             raise ValueError(f"update: expected {wanted}, got {'None' if update is None else 'one'}")
-        with dropout_off(self.model) if config.dropout == "off" else nullcontext():
-            result = self._forward(batch, run_task, standard_loss, seed, sample_offset, delta, backward, update)
-        return AdversarialOutput(
-            loss=result.loss,
-            task_loss=result.task_loss.detach(),
-            divergence=result.divergence.detach(),
-            outputs=result.outputs,
-            adversarial_loss=None if result.adversarial_loss is None else result.adversarial_loss.detach(),
-            proximal=None if result.proximal is None else result.proximal.detach(),
-        )
+        parallel = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        if config.backward != "final" and parallel and self.model.static_graph:
+            raise ValueError(
+                f"model: expected DistributedDataParallel without static_graph for {config.method}, whose steps have "
+                "several backwards"
+            )
 
-    def _forward(
+    def _run_step(
         self,
         batch: Mapping[str, Any],
-        run_task: RunTask | None,
-        standard_loss: bool,
-        seed: Tensor | None,
-        sample_offset: int,
-        delta: Sequence[Tensor] | None,
+        inputs: Mapping[str, Any],
+        passes: Passes | None,
+        task: Callable[[nn.Module], TaskPass],
+        draw: tuple[Tensor | None, int, Sequence[Tensor] | None],
         backward: Backward | None,
         update: Callable[[], None] | None,
     ) -> StepResult:
-        config, inner = self.config, unwrap(self.model)
-        device, inputs = device_of(inner), self._inputs(batch)
+        config, device = self.config, device_of(unwrap(self.model))
         progress = self._progress or Progress(self._steps)
         self._steps += 1
+        weights = _weights_of(config, progress)
         proximal = self._teacher() if config.proximal > 0 else None
-        linear = self._linear_head_for(batch, run_task, standard_loss)
-        if linear is not None:
-            passes = LinearPasses(self.head, batch, config.positions, linear)
-        elif config.compares:
-            passes = LogitPasses(self.head, batch, config.positions)
-        else:
-            passes = None
-
-        def task() -> TaskPass:
-            if linear is not None:
-                return TaskPass(*passes.run_clean(lambda: self.model(**inputs)))
-            loss, outputs = run_task() if run_task is not None else self._run_task(batch)
-            return TaskPass(loss, outputs, [] if passes is None else passes.read(outputs))
-
-        started = progress.started(config.start)
-        strength = progress.value("alpha_schedule", config.alpha_schedule) if started else 0.0
-        alpha = config.alpha * strength
-        clean_weight, adversarial_weight = (config.clean_weight, config.adversarial_weight) if started else (1.0, 0.0)
-        linearises = config.climbs_linearity and strength > 0
-        if not (alpha > 0 or adversarial_weight > 0 or linearises or proximal is not None):
-            loss, outputs, _ = task()
-            return StepResult(clean_weight * loss, loss, torch.zeros((), device=loss.device), None, None, outputs)
+        if not weights.perturbs and proximal is None:
+            loss, outputs, _ = task(self.model)
+            return StepResult(weights.clean * loss, loss, outputs)
         self._constants.scale(progress.value("epsilon_schedule", config.epsilon_schedule))
+        seed, sample_offset, delta = draw
+        seed = self.draw_seed(device) if seed is None else seed
+        sites, known = self._hooks.sites, {**inputs, **batch}
+        interval = config.signal_check_interval
         step = Step(
             config=config,
             model=self.model,
@@ -242,23 +247,12 @@ class AdversarialObjective:
             inputs=inputs,
             task=task,
             passes=passes,
-            perturbation=Perturbation(
-                config,
-                self._constants,
-                self._hooks.sites,
-                {**inputs, **batch},
-                self.draw_seed(device) if seed is None else seed,
-                sample_offset,
-                delta,
-            ),
+            perturbation=Perturbation(config, self._constants, sites, known, seed, sample_offset, delta),
             random=RandomState(device) if config.dropout == "shared" else None,
             telemetry=self.telemetry,
-            alpha=alpha,
-            clean_weight=clean_weight,
-            adversarial_weight=adversarial_weight,
-            strength=strength,
-            sample_losses=SampleLosses(self.head, batch) if linearises else None,
-            check_signal=config.signal_check_interval > 0 and self._steps % config.signal_check_interval == 0,
+            weights=weights,
+            sample_losses=SampleLosses(self.head, batch) if config.climbs_linearity else None,
+            check_signal=interval > 0 and self._steps % interval == 0,
         )
         if config.climbs_linearity:
             return train_local_linearity(step, proximal)
@@ -279,6 +273,9 @@ class AdversarialObjective:
         """Let the teacher of the proximal term follow the model: it is updated after steps of this optimizer.
 
         The teacher begins as the model is now.
+
+        Raises:
+            ValueError: the config has no proximal term, or a checkpoint's teacher has other parameters.
         """
         if self.config.proximal == 0:
             raise ValueError("proximal: expected a weight > 0 where a teacher is to follow, got 0")
@@ -301,49 +298,6 @@ class AdversarialObjective:
                 "proximal: expected an optimizer that the teacher follows; call AdversarialObjective.follow(optimizer)"
             )
         return self._proximal
-
-    def _find_linear_head(self) -> LinearHead | None:
-        config, tokens = self.config, self.head is not None and self.head.tokens is not None
-        if config.fused_head is False or (config.fused_head is None and not tokens):
-            return None
-        unfused = {config.divergence, config.ascent_divergence} - set(LINEAR_DIVERGENCES)
-        if not tokens:
-            return self._refuse(f"its head is {'not recognised' if self.head is None else self.head.name}")
-        if self._loss is not None:
-            return self._refuse("its task loss is the caller's, of the logits")
-        if config.climbs_linearity:
-            return self._refuse("its loss is differentiated twice, which the fused head cannot be")
-        if config.proximal > 0:
-            return self._refuse("its proximal term compares two sets of weights")
-        if config.compares and unfused:
-            return self._refuse(f"there is no fused {', '.join(sorted(unfused))}")
-        found = find_linear_head(unwrap(self.model))
-        return self._refuse(found) if isinstance(found, str) else found
-
-    def _linear_head_for(
-        self, batch: Mapping[str, Any], run_task: RunTask | None, standard_loss: bool
-    ) -> LinearHead | None:
-        """The linear head, if this batch can go through it; the first one with a label decides for all."""
-        if self.linear_head is None:
-            return None
-        if run_task is not None and not standard_loss:
-            self.linear_head = self._refuse("its task loss is the caller's, of the logits")
-        elif not self._verified and (sample := one_sample(self.head, batch)) is not None:
-            reason = refusal(unwrap(self.model), self.head, sample, self.linear_head)
-            self.linear_head = self.linear_head if reason is None else self._refuse(reason)
-            self._verified = True
-        return self.linear_head
-
-    def _refuse(self, reason: str) -> None:
-        name = type(unwrap(self.model)).__name__
-        if self.config.fused_head:
-            raise ValueError(
-                f"fused_head: expected a model that can be trained without its logits, got {name}: {reason}"
-            )
-        warnings.warn(
-            f"{name} is trained through its logits: {reason}. AdversarialConfig(fused_head=False) chooses that",
-            stacklevel=2,
-        )
 
     def _refuse_other_losses(self, argument: str) -> None:
         """A loss that is not the head's own cannot be taken apart into samples."""
@@ -387,11 +341,11 @@ class AdversarialObjective:
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return without_labels(batch) if self.head is None else self.head.inputs(batch, self.model)
 
-    def _run_task(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    def _run_task(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         if self._loss is not None:
-            outputs = self.model(**self._inputs(batch))
+            outputs = model(**self._inputs(batch))
             return self._loss(outputs, batch), outputs
-        outputs = self.model(**batch)
+        outputs = model(**batch)
         loss = loss_of(outputs)
         if loss is None:
             raise ValueError(
@@ -411,3 +365,17 @@ def _head_of(model: nn.Module, name: str | None, config: AdversarialConfig) -> H
         if config.compares:
             raise
         return None
+
+
+def _weights_of(config: AdversarialConfig, progress: Progress) -> Weights:
+    """What each term weighs now: before the start, the task's loss alone."""
+    if not progress.started(config.start):
+        return Weights(1.0, 0.0, 0.0, 0.0, 0.0)
+    factor = progress.value("alpha_schedule", config.alpha_schedule)
+    return Weights(
+        clean=config.clean_weight,
+        adversarial=config.adversarial_weight,
+        divergence=factor * config.alpha,
+        linearity=factor * config.linearity,
+        linearity_gradient=factor * config.linearity_gradient,
+    )

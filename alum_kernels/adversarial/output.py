@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from alum_kernels.adversarial.step import StepResult
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class AdversarialOutput:
         outputs: what the model returned in the clean pass, or in the last one where there is no clean pass.
         adversarial_loss: the task's loss at the perturbed point, detached; None if the method has no such term.
         proximal: divergence of the clean prediction from the teacher's, detached; None without a teacher.
+        linearity: mean departure of the samples' losses from linear, detached; None of other methods than ``llr``.
     """
 
     loss: Tensor
@@ -27,6 +31,17 @@ class AdversarialOutput:
     outputs: Any
     adversarial_loss: Tensor | None = None
     proximal: Tensor | None = None
+    linearity: Tensor | None = None
+
+    @classmethod
+    def of(cls, result: StepResult) -> "AdversarialOutput":
+        """What a step gave, all but the loss detached."""
+        parts = result._asdict()
+        loss, outputs = parts.pop("loss"), parts.pop("outputs")
+        parts = {name: None if part is None else part.detach() for name, part in parts.items()}
+        if parts["divergence"] is None:
+            parts["divergence"] = torch.zeros_like(parts["task_loss"])
+        return cls(loss=loss, outputs=outputs, **parts)
 
     @property
     def logits(self) -> Tensor:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alum_kernels.adversarial.heads import Head
-from alum_kernels.adversarial.hooks import dropout_off
 from alum_kernels.adversarial.labels import IGNORED_LABEL, LABEL_KEYS
 from alum_kernels.adversarial.linear_head import Captured, LinearHead, losses_agree
+from alum_kernels.adversarial.model_state import dropout_off
 from alum_kernels.adversarial.predictions import Prediction
 
 

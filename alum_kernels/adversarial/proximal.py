@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alum_kernels.adversarial.hooks import unwrap
+from alum_kernels.adversarial.model_state import unwrap
 
 
 class BregmanProximal:

@@ -56,11 +56,15 @@ class SampleLosses:
         return self._share * sum(_cross_entropies(*pair) for pair in zip(wide, self._labels, strict=True))
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of (B,) values over the samples that have a label; 0 where none has."""
+        """The mean of (B,) values over the labels, each sample counting as often as it has one; 0 where none has.
+
+        The mean of the losses is then the task's loss, and micro-batches that are weighted by their labels add up.
+        """
         if self._regression:
             return values.mean()
-        labelled = torch.stack([(part != IGNORED_LABEL).view(part.shape[0], -1).any(1) for part in self._labels]).any(0)
-        return torch.where(labelled, values, 0).sum() / labelled.sum().clamp(min=1)
+        labels = self._labels[0]
+        counts = (labels != IGNORED_LABEL).view(labels.shape[0], -1).sum(1)
+        return torch.where(counts > 0, values * counts, 0).sum() / counts.sum().clamp(min=1)
 
 
 def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels.adversarial.heads import Head, detect_head
-from alum_kernels.adversarial.hooks import PerturbationHooks, device_of, dropout_off, unwrap
+from alum_kernels.adversarial.hooks import PerturbationHooks
+from alum_kernels.adversarial.model_state import device_of, dropout_off, unwrap
 from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE
 from alum_kernels.adversarial.sites import perturbed_sites
 from alum_kernels.ops.checks import check_choice, check_magnitude

@@ -150,11 +150,11 @@ class AdversarialTrainer(Trainer):
 
         outside = self.compute_loss_func is not None or self.label_smoother is not None
 
-        def run_task() -> tuple[Tensor, Any]:
+        def run_task(module: nn.Module) -> tuple[Tensor, Any]:
             # losses outside the model divide by the count that they are given; heads take the mean
             counts = items is not None and outside
             loss, outputs = super(AdversarialTrainer, self).compute_loss(
-                model,
+                module,
                 dict(batch),
                 return_outputs=True,
                 num_items_in_batch=items.clamp(min=1) if counts else None,

@@ -1,0 +1,120 @@
+"""A step that trains at the end of its ascent.
+
+    clean pass            the task's loss and the prediction; the tensor e at each site is kept
+    ascent, K times       x = e + delta as a leaf; g = gradient to x alone, no parameter's
+    final pass            e + Pi(delta + step normalise(g)) inside the model: e's gradient reaches the embeddings
+    one loss, one backward
+
+With K = 1, delta_0 is never stored: the ascent draws it again from the seed.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from alum_kernels.adversarial.predictions import Prediction, divergence_sum, mean_divergences, sum_and_gradients
+from alum_kernels.adversarial.proximal import BregmanProximal
+from alum_kernels.adversarial.step import Step, StepResult, TaskPass
+
+
+def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult:
+    """Clean pass, ascent and final pass; one loss for one backward."""
+    config = step.config
+    task = proximity = adversarial_loss = divergence = start = None
+    climbs_divergence = step.weights.perturbs and config.climbs_divergence
+    if step.weights.clean > 0 or step.weights.divergence > 0 or climbs_divergence or proximal is not None:
+        task = step.run_clean()
+    parts = [] if task is None or step.weights.clean == 0 else [step.weights.clean * task.loss]
+    if proximal is not None:
+        proximity = step.proximity(task, proximal)
+        parts.append(config.proximal * proximity)
+
+    if step.weights.perturbs and config.steps > 0:
+        start = _ascend_divergence(step, task) if climbs_divergence else _ascend_task(step)
+    perturb = partial(step.perturbation.perturb, telemetry=config.telemetry, keep_delta=step.check_signal)
+    if step.weights.adversarial > 0:
+        final = step.run_task(step.model, perturb)
+        adv, adversarial_loss = final.predictions, final.loss
+        parts.append(step.weights.adversarial * final.loss)
+        task = final if task is None else task
+    elif step.weights.divergence > 0:
+        adv = step.predict(step.model, perturb)
+    if step.weights.divergence > 0:
+        means = mean_divergences(adv, task.predictions, config)
+        divergence = means.sum()
+        parts.append(step.weights.divergence * divergence)
+    if config.telemetry:
+        figures = step.perturbation.figures()
+        if step.weights.divergence > 0 and start is not None and config.ascent == "divergence":
+            figures |= {"start": start, "end": _sum_of(step, adv, task.predictions, means)}
+        elif start is not None and config.ascent == "task" and adversarial_loss is not None:
+            figures |= {"task_increase": adversarial_loss - start}
+        if step.weights.divergence > 0:
+            figures["divergence"] = divergence
+        if proximity is not None:
+            figures["proximal"] = proximity
+        step.telemetry.add(steps=torch.ones_like(task.loss), **figures)
+    if step.check_signal and step.weights.divergence > 0:
+        _check_signal(step, adv, task.predictions)
+    return StepResult(
+        loss=sum(parts[1:], parts[0]),
+        task_loss=task.loss,
+        outputs=task.outputs,
+        divergence=divergence,
+        adversarial_loss=adversarial_loss,
+        proximal=proximity,
+    )
+
+
+def _ascend_divergence(step: Step, task: TaskPass) -> Tensor:
+    """Climb the divergence from the clean prediction; the summed divergence at the start."""
+    config = step.config
+    fixed = [part.detached() for part in task.predictions]
+    if config.steps > 1:
+        fixed = [part.with_products() for part in fixed]
+    start = None
+    for _ in range(config.steps):
+        leaves = step.leaves()
+        with torch.enable_grad():
+            adv = step.predict(step.inner, lambda index, output, leaves=leaves: leaves[index].clone())
+        total, grads = sum_and_gradients(adv, fixed, leaves, config, config.ascent_divergence)
+        step.perturbation.climb(step.required(grads))
+        start = total if start is None else start
+    return start
+
+
+def _ascend_task(step: Step) -> Tensor:
+    """Climb the task's loss; the loss at the start."""
+    start = None
+    for _ in range(step.config.steps):
+        # without a clean pass, the first pass tells what is perturbed
+        leaves = dict(enumerate(step.leaves())) if step.perturbation.recorded else {}
+
+        def replace(index: int, output: Tensor, leaves: dict[int, Tensor] = leaves) -> Tensor:
+            if index not in leaves:
+                step.perturbation.record(index, output.detach().clone())
+                leaves[index] = step.perturbation.leaf(index)
+            return leaves[index].clone()
+
+        with torch.enable_grad():
+            loss = step.run_task(step.inner, replace).loss
+        step.perturbation.climb(step.gradients(loss, [leaves[index] for index in range(len(leaves))]))
+        start = loss.detach() if start is None else start
+    return start
+
+
+def _sum_of(step: Step, adv: list[Prediction], clean: list[Prediction], means: Tensor) -> Tensor:
+    """The divergence that the ascent climbed, summed over compared rows and heads."""
+    config = step.config
+    if config.ascent_divergence == config.divergence:
+        return sum(mean * side.rows() for mean, side in zip(means, clean, strict=True))
+    return divergence_sum(adv, [part.detached() for part in clean], config, config.ascent_divergence)
+
+
+def _check_signal(step: Step, adv: list[Prediction], clean: list[Prediction]) -> None:
+    fixed = [part.detached() for part in clean]
+    with torch.no_grad():
+        half = step.predict(step.inner, step.perturbation.halved)
+    at_full, at_half = (divergence_sum(side, fixed, step.config, step.config.divergence) for side in (adv, half))
+    step.telemetry.add(signal_full=at_full, signal_half=at_half)

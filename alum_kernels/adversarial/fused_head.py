@@ -1,0 +1,79 @@
+"""Whether a language model is trained without its logits, and why not where it is not."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.heads import Head
+from alum_kernels.adversarial.linear_head import LinearHead, find_linear_head
+from alum_kernels.adversarial.model_state import unwrap
+from alum_kernels.adversarial.passes import one_sample, refusal
+from alum_kernels.ops.linear_arguments import LINEAR_DIVERGENCES
+
+OTHER_LOSS = "its task loss is the caller's, of the logits"
+
+
+class FusedHead:
+    """The linear head of a model, for as long as nothing speaks against it.
+
+    Args:
+        model: the model.
+        head: what it predicts, None if that is not known.
+        config: ``config.fused_head`` True demands the linear head, False does without, None takes it where it can be.
+        own_loss: the task's loss is the model's own.
+
+    Attributes:
+        linear: the head, or None: the model goes through its logits.
+
+    Raises:
+        ValueError: a linear head was demanded and cannot be.
+    """
+
+    def __init__(self, model: nn.Module, head: Head | None, config: AdversarialConfig, own_loss: bool) -> None:
+        self._model, self._head, self._demanded = unwrap(model), head, config.fused_head
+        self._verified = False
+        self.linear = self._find(config, own_loss)
+
+    def of_batch(self, batch: Mapping[str, Any], own_loss: bool) -> LinearHead | None:
+        """The linear head, if this batch can go through it; the first one with a label decides for all."""
+        if self.linear is None:
+            return None
+        if not own_loss:
+            self.linear = self._refuse(OTHER_LOSS)
+        elif not self._verified and (sample := one_sample(self._head, batch)) is not None:
+            reason = refusal(self._model, self._head, sample, self.linear)
+            self.linear = self.linear if reason is None else self._refuse(reason)
+            self._verified = True
+        return self.linear
+
+    def _find(self, config: AdversarialConfig, own_loss: bool) -> LinearHead | None:
+        tokens = self._head is not None and self._head.tokens is not None
+        if config.fused_head is False or (config.fused_head is None and not tokens):
+            return None
+        unfused = {config.divergence, config.ascent_divergence} - set(LINEAR_DIVERGENCES)
+        if not tokens:
+            return self._refuse(f"its head is {'not recognised' if self._head is None else self._head.name}")
+        if not own_loss:
+            return self._refuse(OTHER_LOSS)
+        if config.climbs_linearity:
+            return self._refuse("its loss is differentiated twice, which the fused head cannot be")
+        if config.proximal > 0:
+            return self._refuse("its proximal term compares two sets of weights")
+        if config.compares and unfused:
+            return self._refuse(f"there is no fused {', '.join(sorted(unfused))}")
+        found = find_linear_head(self._model)
+        return self._refuse(found) if isinstance(found, str) else found
+
+    def _refuse(self, reason: str) -> None:
+        name = type(self._model).__name__
+        if self._demanded:
+            raise ValueError(
+                f"fused_head: expected a model that can be trained without its logits, got {name}: {reason}"
+            )
+        warnings.warn(
+            f"{name} is trained through its logits: {reason}. AdversarialConfig(fused_head=False) chooses that",
+            stacklevel=2,
+        )

@@ -1,0 +1,180 @@
+"""One step over one batch: its weights, the passes that it can run, and what they give."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.first_layer import FirstLayer
+from alum_kernels.adversarial.hooks import PerturbationHooks
+from alum_kernels.adversarial.model_state import RandomState, unwrap
+from alum_kernels.adversarial.passes import Passes
+from alum_kernels.adversarial.perturbation import Perturbation
+from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE, Prediction, mean_divergences
+from alum_kernels.adversarial.proximal import BregmanProximal
+from alum_kernels.adversarial.sample_losses import SampleLosses
+from alum_kernels.adversarial.telemetry import Telemetry
+
+Replace = Callable[[int, Tensor], Tensor | None]
+
+
+class Weights(NamedTuple):
+    """What the terms of the config's loss weigh in one step, its schedules included."""
+
+    clean: float
+    adversarial: float
+    divergence: float
+    linearity: float
+    linearity_gradient: float
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether there is anything to perturb for."""
+        return any(self[1:])
+
+
+class TaskPass(NamedTuple):
+    """One pass that computes the task's loss: the loss, the model's output, and what it predicted."""
+
+    loss: Tensor
+    outputs: Any
+    predictions: list[Prediction]
+
+
+class StepResult(NamedTuple):
+    """The loss to differentiate, its parts as they are in the graph (None: no such part), and the model's output."""
+
+    loss: Tensor
+    task_loss: Tensor
+    outputs: Any
+    divergence: Tensor | None = None
+    adversarial_loss: Tensor | None = None
+    proximal: Tensor | None = None
+    linearity: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch, the ways to run the model on it, and its perturbation.
+
+    Attributes:
+        config: the method.
+        model: as it is trained, ``DistributedDataParallel`` included.
+        hooks: where it is perturbed.
+        inputs: its arguments without labels.
+        task: runs the model that it is given, this one or the one inside it, on the batch with its labels.
+        passes: reads predictions; None where none are compared.
+        perturbation: of this batch.
+        random: state of dropout's generators that every pass begins with; None lets each pass draw its own.
+        telemetry: takes the figures.
+        weights: of this step.
+        sample_losses: the task's loss of each sample; None where the method takes the model's own alone.
+        check_signal: measure the divergence at half the perturbation as well.
+    """
+
+    config: AdversarialConfig
+    model: nn.Module
+    hooks: PerturbationHooks
+    inputs: Mapping[str, Any]
+    task: Callable[[nn.Module], TaskPass]
+    passes: Passes | None
+    perturbation: Perturbation
+    random: RandomState | None
+    telemetry: Telemetry
+    weights: Weights
+    sample_losses: SampleLosses | None = None
+    check_signal: bool = False
+
+    @property
+    def inner(self) -> nn.Module:
+        """The model inside ``DistributedDataParallel``, whose passes are not the ones that it waits for."""
+        return unwrap(self.model)
+
+    def run_clean(self) -> TaskPass:
+        """The task at the clean point, which the perturbation then knows."""
+        with self.hooks.recording() as embeds:
+            result = self.task(self.model)
+        for index, tensor in enumerate(embeds):
+            self.perturbation.record(index, tensor)
+        return result
+
+    def run_task(self, model: nn.Module, replace: Replace) -> TaskPass:
+        """The task at a perturbed point."""
+        self._restore()
+        with self.hooks.replacing(replace):
+            result = self.task(model)
+        self.hooks.check_calls()
+        return result
+
+    def predict(self, model: nn.Module, replace: Replace) -> list[Prediction]:
+        """What ``model`` predicts at a perturbed point."""
+        self._restore()
+        with self.hooks.replacing(replace):
+            return self.passes.run(lambda: model(**self.inputs))
+
+    def proximity(self, task: TaskPass, proximal: BregmanProximal) -> Tensor:
+        """Divergence of the clean prediction from the teacher's, which is constant."""
+        self._restore()
+        with torch.no_grad():
+            teacher = self.passes.run(lambda: proximal.forward(self.inputs))
+        return mean_divergences(task.predictions, teacher, self.config.replace(gradient="detach_clean")).sum()
+
+    def run_first_layer(self, first_layer: FirstLayer, upstream: Tensor) -> list[Tensor]:
+        """Gradients of ``upstream`` . (first layer's output) to the perturbed tensors at the next point."""
+        leaves = self.leaves()
+        self._restore()
+        with torch.enable_grad(), self.hooks.replacing(lambda index, output: leaves[index].clone()):
+            return first_layer.gradient(lambda: self.inner(**self.inputs), lambda: leaves, upstream)
+
+    def leaves(self) -> list[Tensor]:
+        """The perturbed tensors at the next point, as leaves."""
+        return [self.perturbation.leaf(index) for index in range(len(self.hooks.names))]
+
+    def gradients(
+        self, losses: Tensor, points: Sequence[Tensor], weights: Tensor | None = None, *, create_graph: bool = False
+    ) -> list[Tensor]:
+        """Gradients of a loss, or of ``weights`` . losses, to the perturbed tensors alone, fp32 (fp64 for fp64).
+
+        Those of passes that compute in fp16 are raised by a power of two on their way, which is taken out again.
+        """
+        scale = FP16_GRAD_SCALE if _in_fp16(points[0]) else 1.0
+        upstream = torch.full_like(losses, scale) if weights is None else weights * scale
+        grads = torch.autograd.grad(
+            losses,
+            list(points),
+            upstream,
+            create_graph=create_graph,
+            retain_graph=create_graph,
+            allow_unused=True,
+        )
+        wide = torch.promote_types(losses.dtype, torch.float32)
+        return [grad.to(wide) / scale for grad in self.required(grads)]
+
+    def required(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients to the perturbed tensors; raises ValueError, naming the module, where there is none."""
+        for name, grad in zip(self.hooks.names, grads, strict=True):
+            if grad is None:
+                raise ValueError(
+                    f"modules: the predictions do not depend on the perturbed output of {name}; "
+                    "a module that another perturbed module replaces cannot be perturbed as well"
+                )
+        return list(grads)
+
+    def without_sync(self) -> AbstractContextManager[None]:
+        """Within the context a backward is not summed over the processes."""
+        return self.model.no_sync() if isinstance(self.model, nn.parallel.DistributedDataParallel) else nullcontext()
+
+    def _restore(self) -> None:
+        if self.random is not None:
+            self.random.restore()
+
+
+def _in_fp16(leaf: Tensor) -> bool:
+    """Whether a pass from this tensor computes in fp16."""
+    device = leaf.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return autocast or leaf.dtype == torch.float16
