@@ -55,6 +55,8 @@ from alum_kernels.adversarial.presets import FREELB_GLUE, PRESETS
         ("epsilon_schedule", (0.0, 1.0), TypeError),
         ("detach_embeddings", 1, TypeError),
         ("excluded_tokens", ("[CLS]",), TypeError),
+        ("excluded_tokens", 3, TypeError),
+        ("modules", (3,), TypeError),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field, value, error):
@@ -66,7 +68,7 @@ def test_a_bad_value_is_refused_by_name(field, value, error):
 
 def test_an_unknown_field_is_named_with_the_known_ones():
     for make in (AdversarialConfig.from_dict, lambda fields: AdversarialConfig().replace(**fields)):
-        with pytest.raises(ValueError, match="unknown fields eta, sigma; known are method, alpha"):
+        with pytest.raises(ValueError, match="unknown fields eta, sigma; known are clean_weight, adversarial_weight"):
             make({"sigma": 1.0, "eta": 2.0, "alpha": 1.0})
 
 
@@ -222,6 +224,7 @@ ON_THE_WAY = {"alpha": 0, "clean_weight": 0, "adversarial_weight": 1, "ascent": 
         ({"first_layer": "encoder"}, "first_layer: expected None without inner_steps"),
         ({**ON_THE_WAY, "signal_check_interval": 3}, "signal_check_interval: expected 0 where alpha is 0"),
         ({"modules": ("a",), "site": "embedding_norm"}, r"modules: expected \(\) with a site"),
+        ({**ON_THE_WAY, "alpha_schedule": ((0.0, 1.0),)}, r"alpha_schedule: expected \(\) where alpha"),
         ({"modules": ("a",), "side": "both"}, r"modules: expected \(\) with a site"),
     ],
 )

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import tiny_models
 import torch
-from tiny_trainer import CLASSIFICATION, LINEAR, MASKED_LM, MOVED, ON_THE_WAY, trainer_of
+from tiny_trainer import CLASSIFICATION, IN_PARALLEL, LINEAR, MASKED_LM, MOVED, ON_THE_WAY, trainer_of
 from torch import nn
+
+from alum_kernels import AdversarialObjective
 
 
 def test_a_model_already_in_distributed_data_parallel_is_seen_through(tmp_path):
@@ -88,6 +90,65 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     for task, average in ran:
         gradient = torch.load(tmp_path / f"{task}-{average}.pt")
         torch.testing.assert_close(gradient, expected[task], rtol=1e-8, atol=1e-12)
+
+
+PARALLEL = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+import tiny_models
+import tiny_trainer as t
+from alum_kernels import AdversarialObjective
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size=2)
+batch = tiny_models.classification_batch(8)
+own = {{name: values[4 * rank : 4 * rank + 4] for name, values in batch.items()}}
+for name, config in t.IN_PARALLEL.items():
+    for static in (False, True):
+        model = torch.nn.parallel.DistributedDataParallel(tiny_models.bert().double(), static_graph=static)
+        objective = AdversarialObjective(model, config)
+        for _ in range(2):  # a static graph is recorded in the first step
+            model.zero_grad()
+            try:
+                output = objective.forward(
+                    own, seed=torch.tensor([3]), sample_offset=4 * rank, backward=torch.Tensor.backward
+                )
+            except ValueError as error:
+                assert static and config.backward == "accumulate" and "without static_graph" in str(error), error
+                continue
+            output.loss.backward()
+            if rank == 0:
+                torch.save(tiny_models.Gradients.of(model.module).flat(), f"{folder}/{{name}}-{{static}}.pt")
+"""
+
+
+def test_both_kinds_of_parallel_graph_give_the_gradient_of_one_process(tmp_path):
+    code = PARALLEL.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, rank],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    for name, config in IN_PARALLEL.items():
+        model = tiny_models.bert().double()
+        objective = AdversarialObjective(model, config)
+        batch = tiny_models.classification_batch(8)
+        objective.forward(batch, seed=torch.tensor([3]), backward=torch.Tensor.backward).loss.backward()
+        expected = tiny_models.Gradients.of(model).flat()
+        for static in (False, True):
+            if not (static and config.backward == "accumulate"):
+                found = torch.load(tmp_path / f"{name}-{static}.pt")
+                torch.testing.assert_close(
+                    found, expected, rtol=1e-8, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+                )
 
 
 WITHOUT = """

@@ -12,6 +12,12 @@ from alum_kernels.integrations.transformers import AdversarialTrainer
 ON_THE_WAY = AdversarialConfig.freelb(std=0.1, step_size=0.2, epsilon=0.3)
 LINEAR = AdversarialConfig.llr()
 MOVED = AdversarialConfig(alpha=5.0, std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf", steps=2)
+IN_PARALLEL = {
+    "smart": MOVED,
+    "pgd": AdversarialConfig.pgd(std=0.1, step_size=0.2, epsilon=0.3),
+    "llr": AdversarialConfig.llr(),
+    "freelb": ON_THE_WAY,
+}
 
 
 def samples_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,114 +57,139 @@ _MAGNITUDES = (
 _COUNTS = ("steps", "inner_steps", "proximal_interval", "signal_check_interval", "seed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdversarialConfig(Presets):
     """What a training step adds to the task's loss L, around the clean embeddings e:
 
-    loss = clean_weight L(e) + adversarial_weight L(e + delta) + alpha D(f(e + delta), f(e)) + proximal D(f(e), teacher)
+        loss = clean_weight L(e) + adversarial_weight L(e + delta) + alpha D(f(e + delta), f(e))
+               + linearity gamma + linearity_gradient |delta . dL/de| + proximal D(f(e), teacher's f(e))
 
-    with delta = Pi(delta + step_size normalise(gradient)), ``steps`` times from noise. The classmethods are the
-    published settings.
+    with delta = Pi(delta + step_size normalise(gradient)), ``steps`` times from noise. (``backward`` has other sums.)
+    The classmethods are the published settings.
 
-    Attributes:
-        method: name for logs and reports; it selects nothing.
-        alpha: weight of the divergence D.
+    The loss:
         clean_weight, adversarial_weight: weights of the task's loss at e and at e + delta.
-        linearity, linearity_gradient: with ``ascent="linearity"``: weights lambda of the mean of gamma, and mu of that
-            of |delta . dl/de|.
-        ascent: what the ascent climbs: ``"divergence"`` from the clean prediction, ``"task"``, the task's loss, or
-            ``"linearity"``, how far the loss l of each sample is from linear, gamma = |l(e + delta) - l(e) - delta .
-            dl/de|.
-        steps: ascent steps K; 0 takes the noise alone.
-        update: ``"add"`` steps go on from the last perturbation; ``"replace"`` keeps their direction only (power
-            iteration): all but the last have the length of the first noise, the last has ``step_size``.
-        backward: which passes train the model: ``"final"`` the one at the last perturbation; ``"accumulate"`` each
-            of the K + 1 passes of the ascent, with 1/(K + 1) of its weight; ``"replay"`` each of them, with an update
-            of the parameters after each. The latter two train on the task's loss at e + delta alone.
-        inner_steps, first_layer: with ``"accumulate"``: each ascent is so many steps through the model up to the output
-            of this module (None: the first transformer layer), along one gradient of the loss to that output. 0 goes
-            through the whole model.
-        std, distribution: of the first perturbation (standard deviation, or half-width of the uniform one).
-        noise_level: ``"element"``: ``std`` is of an element; ``"group"``: of n elements together, each has std/sqrt(n).
-        step_size, epsilon: length of an ascent step and radius of the ball.
-        norm, normalize, level: as in :func:`alum_kernels.projected_ascent`; ``level="sample"`` takes the choices of a
-            multiple-choice sample as one group, and is a sequence elsewhere.
-        units: of ``std``, ``step_size`` and ``epsilon``: ``"absolute"`` in those of the embeddings; ``"rms"`` relative
-            to the root mean square of a group's elements, and for l2 lengths and a group's noise to the group's norm;
-            ``"std"`` the same about the mean of each token, which is what a layer norm divides by.
-        site: what is perturbed: the ``"embeddings"``, the output of the ``"embedding_norm"``, or its input
-            (``"embedding_norm_input"``).
-        side: of an encoder-decoder.
-        modules: names of the modules to perturb, as in ``model.named_modules()``, instead of ``site`` and ``side``.
-        excluded_tokens: token ids whose positions are never perturbed, such as ``tokenizer.all_special_ids``.
-        detach_embeddings: the perturbed passes do not train what lies before the perturbed module's output.
-        divergence: what the model is trained on; ``"symmetric_kl"``, ``"kl"``, ``"js"`` or ``"squared_hellinger"``.
-            Regression heads always use the squared error.
-        ascent_divergence: what the ascent climbs.
-        gradient: convention of the training divergence, as in :func:`alum_kernels.symmetric_kl`.
-        temperature: of both divergences.
+        alpha: weight of the divergence D.
+        linearity, linearity_gradient: with ``ascent="linearity"``, weights of gamma = |l(e + delta) - l(e) - delta .
+            dl/de| and of |delta . dl/de|, l being the loss of a sample.
         proximal: weight mu of the Bregman proximal term, the divergence of the clean prediction from that of a teacher.
         proximal_momentum: beta of the teacher, beta teacher + (1 - beta) model; 0 makes it the model as it was. A
             number, or ``(share of training, beta)`` points.
         proximal_interval: optimizer steps S between two updates of the teacher.
+
+    The comparison:
+        divergence: what the model is trained on; ``"symmetric_kl"``, ``"kl"``, ``"js"`` or ``"squared_hellinger"``.
+            Regression heads always use the squared error.
+        gradient: convention of the training divergence, as in :func:`alum_kernels.symmetric_kl`.
+        temperature: of both divergences.
+        positions: of a language model or token labels, ``"labelled"`` compares the positions that have a label,
+            ``"all"`` those that the attention mask keeps (of packed documents, not their last).
+
+    The ascent:
+        ascent: what it climbs: ``"divergence"`` from the clean prediction, ``"task"``, the task's loss, or
+            ``"linearity"``, gamma.
+        ascent_divergence: the divergence that is climbed.
+        steps: ascent steps K; 0 takes the noise alone.
+        update: ``"add"`` steps go on from the last perturbation; ``"replace"`` keeps their direction only (power
+            iteration): all but the last have the length of the first noise, the last has ``step_size``.
+        inner_steps, first_layer: with ``backward="accumulate"``: each ascent is so many steps through the model up to
+            the output of this module (None: the first transformer layer), along one gradient of the loss to that
+            output. 0 goes through the whole model.
+
+    The size of the perturbation:
+        std, distribution: of the first one (standard deviation, or half-width of the uniform one).
+        noise_level: ``"element"``: ``std`` is of an element; ``"group"``: of n elements together, each has std/sqrt(n).
+        step_size, normalize: length of an ascent step, and what the gradient is divided by.
+        epsilon, norm: radius of the ball, and its norm, as in :func:`alum_kernels.projected_ascent`.
+        level: the group of these norms: ``"token"``, ``"sequence"``, ``"batch"``, or ``"sample"``, which takes the
+            choices of a multiple-choice sample as one group, and is a sequence elsewhere.
+        units: of ``std``, ``step_size`` and ``epsilon``: ``"absolute"`` in those of the embeddings; ``"rms"`` relative
+            to the root mean square of a group's elements, and for l2 lengths and a group's noise to the group's norm;
+            ``"std"`` the same about the mean of each token, which is what a layer norm divides by.
+
+    Its place:
+        site: the ``"embeddings"``, the output of the ``"embedding_norm"``, or its input (``"embedding_norm_input"``).
+        side: of an encoder-decoder, ``"encoder"``, ``"decoder"`` or ``"both"``.
+        modules: names of the modules to perturb, as in ``model.named_modules()``, instead of ``site`` and ``side``.
+        excluded_tokens: token ids whose positions are never perturbed, such as ``tokenizer.all_special_ids``.
+        detach_embeddings: the perturbed passes do not train what lies before the perturbed module's output.
+
+    The passes:
+        backward: which of them train the model: ``"final"`` the one at the last perturbation; ``"accumulate"`` each of
+            the K + 1 passes of the ascent, with 1/(K + 1) of its weight; ``"replay"`` each of them, with an update of
+            the parameters after each. The latter two train on the task's loss at e + delta alone.
+        dropout: ``"shared"`` uses the same masks in every pass of a step, ``"independent"`` draws new ones, ``"off"``
+            runs every pass of the step without dropout.
+        fused_head: True demands that a language model is trained without its logits, on its hidden states, and raises
+            where it cannot be; False forms the logits; None forms them only where it must, and warns why.
+        backend: of the ops; None picks the fastest that can serve.
+
+    In the course of the training:
         start: the adversary begins here, the standard objective comes before: an optimizer step (int), or a share of
             the training (float).
         alpha_schedule, epsilon_schedule: ``(share of training, factor)`` points, joined by straight lines; two points
             at one share are a jump. Factors of ``alpha``, ``linearity`` and ``linearity_gradient``, and of ``epsilon``,
             ``std`` and ``step_size`` together.
-        dropout: ``"shared"`` uses the same masks in every pass of a step, ``"independent"`` draws new ones,
-            ``"off"`` runs every pass of the step without dropout.
-        positions: of a language model or token labels, ``"labelled"`` compares the positions that have a label,
-            ``"all"`` those that the attention mask keeps.
-        fused_head: True demands that a language model is trained without its logits, on its hidden states, and raises
-            where it cannot be; False forms the logits; None forms them only where it must, and warns why.
-        backend: of the ops; None picks the fastest that can serve.
+
+    Besides:
+        method: name for logs and reports; it selects nothing.
         seed: of the noise; every rank uses the same.
         telemetry: collect the figures of :class:`alum_kernels.adversarial.telemetry.Telemetry`.
         signal_check_interval: every so many steps one more forward measures J(delta) / J(delta / 2), near 4 where the
             divergence is signal and near 1 where it is rounding noise; 0 never does.
+
+    Raises:
+        TypeError, ValueError: a field of the wrong type, an unknown word, a number out of range, or a combination that
+            no step could do; the message names the field.
     """
 
-    method: str = "alum"
-    alpha: float = 1.0
     clean_weight: float = 1.0
     adversarial_weight: float = 0.0
+    alpha: float = 1.0
     linearity: float = 0.0
     linearity_gradient: float = 0.0
+    proximal: float = 0.0
+    proximal_momentum: float | Points = 0.0
+    proximal_interval: int = 1
+
+    divergence: str = "symmetric_kl"
+    gradient: str = "full"
+    temperature: float = 1.0
+    positions: str = "labelled"
+
     ascent: str = "divergence"
+    ascent_divergence: str = "symmetric_kl"
     steps: int = 1
     update: str = "add"
-    backward: str = "final"
     inner_steps: int = 0
     first_layer: str | None = None
+
     std: float = 1e-5
     distribution: str = "normal"
     noise_level: str = "element"
     step_size: float = 1e-3
+    normalize: str = "none"
     epsilon: float = 1e-5
     norm: str = "linf"
-    normalize: str = "none"
     level: str = "token"
     units: str = "absolute"
+
     site: str = "embeddings"
     side: str = "encoder"
     modules: tuple[str, ...] = ()
     excluded_tokens: tuple[int, ...] = ()
     detach_embeddings: bool = False
-    divergence: str = "symmetric_kl"
-    ascent_divergence: str = "symmetric_kl"
-    gradient: str = "full"
-    temperature: float = 1.0
-    proximal: float = 0.0
-    proximal_momentum: float | Points = 0.0
-    proximal_interval: int = 1
+
+    backward: str = "final"
+    dropout: str = "shared"
+    fused_head: bool | None = None
+    backend: str | None = None
+
     start: int | float = 0
     alpha_schedule: Points = ()
     epsilon_schedule: Points = ()
-    dropout: str = "shared"
-    positions: str = "labelled"
-    fused_head: bool | None = None
-    backend: str | None = None
+
+    method: str = "alum"
     seed: int = 0
     telemetry: bool = True
     signal_check_interval: int = 0
@@ -188,10 +214,8 @@ class AdversarialConfig(Presets):
         for name in ("detach_embeddings", "telemetry"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        if isinstance(self.modules, str):
-            raise TypeError("modules: expected a sequence of module names, got one string")
-        for name in ("modules", "excluded_tokens"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_members("modules", str, "module names")
+        self._check_members("excluded_tokens", int, "token ids")
         for name in ("alpha_schedule", "epsilon_schedule"):
             object.__setattr__(self, name, check_points(name, getattr(self, name)))
         check_start("start", self.start)
@@ -200,9 +224,15 @@ class AdversarialConfig(Presets):
             raise ValueError("proximal_interval: expected a number >= 1, got 0")
         self._check_combination()
 
-        for token in self.excluded_tokens:
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise TypeError(f"excluded_tokens: expected token ids, got {token!r}")
+    def _check_members(self, name: str, kind: type, what: str) -> None:
+        """A tuple of the field, whose members are of one type."""
+        value = getattr(self, name)
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{name}: expected a sequence of {what}, got {value!r}")
+        for member in value:
+            if isinstance(member, bool) or not isinstance(member, kind):
+                raise TypeError(f"{name}: expected {what}, got {member!r}")
+        object.__setattr__(self, name, tuple(value))
 
     def _check_momentum(self) -> None:
         momentum = self.proximal_momentum
@@ -256,6 +286,8 @@ class AdversarialConfig(Presets):
             raise ValueError(
                 "signal_check_interval: expected 0 where alpha is 0 and ascent not 'linearity': none is checked"
             )
+        if self.alpha_schedule and not (self.alpha or linearises):
+            raise ValueError("alpha_schedule: expected () where alpha and the weights of linearity are 0")
         if self.modules and (self.site != "embeddings" or self.side != "encoder"):
             raise ValueError(
                 "modules: expected () with a site or a side other than the default, which name modules too"

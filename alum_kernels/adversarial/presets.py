@@ -1,7 +1,8 @@
 """The published methods as settings of :class:`alum_kernels.adversarial.config.AdversarialConfig`.
 
 Notation: e clean embeddings, delta the perturbation, L the task's loss, f the prediction, g a gradient with respect to
-the perturbed embeddings, sKL the symmetric KL divergence, Pi the projection into the ball of radius epsilon.
+the perturbed embeddings, sKL the symmetric KL divergence, Pi the projection into the ball of radius epsilon; other
+names are the config's fields, with the papers' letters in brackets.
 """
 
 from typing import Any, NamedTuple, Self
@@ -59,9 +60,9 @@ class Presets:
 
     @classmethod
     def alum_pretraining(cls, **changes: Any) -> Self:
-        """ALUM for pre-training: alpha 10, sigma = epsilon = 1e-5, eta = 1e-3, K = 1, raw gradient, clip.
+        """ALUM for pre-training: alpha 10, std = epsilon = 1e-5, step_size (eta) 1e-3, K = 1, raw gradient, clip.
 
-            loss = L(e) + alpha sKL(f(e + delta), f(e)),  delta = Pi(delta_0 + eta g),  delta_0 ~ N(0, sigma^2)
+            loss = L(e) + alpha sKL(f(e + delta), f(e)),  delta = Pi(delta_0 + step_size g),  delta_0 ~ N(0, std^2)
 
         The paper's curriculum runs the standard objective first: ``start=0.5`` for its second half.
 
@@ -93,12 +94,13 @@ class Presets:
     def smart(cls, *, norm: str = "linf", **changes: Any) -> Self:
         """SMART: smoothness-inducing regulariser, and Bregman proximal point updates where ``proximal`` is mu > 0.
 
-            loss = L(e) + lambda sKL(f(e + delta), f(e)) + mu sKL(f(e), f(e; teacher))
-            delta = Pi(delta_0 + eta g / ||g||)               per sequence, in the ball of p = inf ("linf") or 2 ("l2")
+            loss = L(e) + alpha sKL(f(e + delta), f(e)) + proximal sKL(f(e), f(e; teacher))
+            delta = Pi(delta_0 + step_size g / ||g||)         per sequence, in the ball of p = inf ("linf") or 2 ("l2")
             teacher <- beta teacher + (1 - beta) model            every S optimizer steps; beta = 0: the model as it was
 
-        epsilon = sigma = 1e-5, eta = 1e-3, lambda 1 (of 1, 3, 5). The paper's proximal setting is ``proximal=1.0,
-        proximal_momentum=((0.1, 0.99), (0.1, 0.999))``: beta 0.99 in the first tenth, then 0.999. Regression heads use
+        epsilon = std (sigma) = 1e-5, step_size (eta) 1e-3, alpha (lambda) 1 (of 1, 3, 5). The paper's proximal setting
+        is ``proximal=1.0, proximal_momentum=((0.1, 0.99), (0.1, 0.999))``: beta 0.99 in the first tenth, then 0.999.
+        Regression heads use
         the squared error. In the l2 ball the gradient is divided by its Euclidean norm.
 
         Source: Jiang et al., arXiv:1911.03437, equations 1 to 5, Algorithm 1 and section 4.1.
@@ -132,7 +134,7 @@ class Presets:
     def freelb(cls, task: str = "rte", **changes: Any) -> Self:
         """FreeLB: the task's loss along the ascent, every pass of which trains with 1/(K + 1) of the gradient.
 
-            delta_0 = noise U(-1, 1) / sqrt(n), n valid elements;  delta <- Pi(delta + alpha g / ||g||), l2 per sequence
+            delta_0 = std U(-1, 1) / sqrt(n), n valid elements; delta <- Pi(delta + step_size g / ||g||), per sequence
             loss = 1/(K + 1) sum over t = 0 .. K of L(e + delta_t)
 
         The ascent is free: one backward gives the gradients of the parameters and of delta. Dropout masks are shared by
@@ -178,7 +180,7 @@ class Presets:
     def freeat(cls, task: str = "rte", **changes: Any) -> Self:
         """Free adversarial training: every minibatch is replayed, parameters and delta both climb at each replay.
 
-            K + 1 times, of one backward:  parameters <- optimizer(dL(e + delta)),  delta <- Pi(delta + alpha g / ||g||)
+            K + 1 times, of one backward: parameters <- optimizer(dL(e + delta)); delta as in :meth:`freelb`
 
         Each batch begins with a new delta, as in the comparison of the FreeLB paper: one that is kept from batch to
         batch, as for images, would belong to other tokens. Dropout is drawn anew at each replay. Needs
@@ -193,7 +195,7 @@ class Presets:
     def yopo(cls, task: str = "rte", **changes: Any) -> Self:
         """YOPO-m-n: :meth:`freelb` whose ascents take n steps through the first layer alone.
 
-            p = dL/df_0(e + delta);  n times:  delta <- Pi(delta + alpha h / ||h||),  h = d(p . f_0(e + delta))/d delta
+            p = dL/df_0(e + delta); n times: delta <- Pi(delta + step_size h / ||h||), h = d(p . f_0(e + delta))/d delta
 
         p comes from the backward that trains; m is ``steps``, n is ``inner_steps``, 3. f_0 ends at the model's first
         transformer layer, or at the module that ``first_layer`` names. Needs :meth:`AdversarialObjective.backward`.
@@ -215,7 +217,7 @@ class Presets:
         """Local linearity regularisation: the task's loss is trained to be linear around the clean embeddings.
 
             gamma(delta) = |l(e + delta) - l(e) - delta . dl/de|,  l of one sample; delta climbs gamma in the ball
-            loss = L(e) + lambda gamma(delta_K) + mu |delta_K . dl/de|                           means over the samples
+            loss = L(e) + linearity gamma(delta_K) + linearity_gradient |delta_K . dl/de|        means over the samples
 
         dl/de is differentiated again, so the step needs second derivatives of the model. Attention of
         ``torch.nn.functional.scaled_dot_product_attention`` therefore runs as plain matrix products, and a language
@@ -224,8 +226,8 @@ class Presets:
         layers recompute their attention outside of the step: load such a model with ``attn_implementation="eager"``.
         ``proximal`` combines with it.
 
-        lambda 4 and mu 3 are those of public implementations for CIFAR-10. Their epsilon is of images (8/255, l-inf:
-        an eighth of a pixel's standard deviation), so here it is 0.1 of the root mean square of a sequence's
+        The weights (lambda 4, mu 3) are those of public implementations for CIFAR-10. Their epsilon is of images (8/255,
+        l-inf: an eighth of a pixel's standard deviation), so here it is 0.1 of the root mean square of a sequence's
         embeddings: set ``epsilon``, ``std`` and ``step_size`` for your model. The two steps of epsilon / 2 along the
         sign, from uniform noise in the ball, are this library's. gamma is of second order in delta: at SMART's 1e-5 it
         would be rounding noise, and in bf16 the ball has to be larger; ``signal_check_interval`` measures it.
@@ -243,10 +245,10 @@ class Presets:
     def vat(cls, **changes: Any) -> Self:
         """Virtual adversarial training: a power iteration for the direction of largest KL, without labels.
 
-            loss = L(e) + KL(f(e) || f(e + epsilon d)),  d <- g / ||g|| at e + xi d,  l2 per sequence, f(e) constant
+            loss = L(e) + KL(f(e) || f(e + step_size d)), d <- g / ||g|| at e + std d, l2 per sequence, f(e) constant
 
-        xi 0.1 and epsilon 5 are for embeddings normalised to mean 0 and variance 1: elsewhere set ``std``,
-        ``step_size`` and ``epsilon``, which ``units="std"`` takes as shares of the norm of a sequence (5 is 5/sqrt(n)
+        std (xi) 0.1 and step_size (epsilon) 5 are for embeddings normalised to mean 0 and variance 1: elsewhere set
+        ``std``, ``step_size`` and ``epsilon``, which ``units="std"`` takes as shares of the norm of a sequence (5 is 5/sqrt(n)
         of that of n such elements). The first direction has the length xi on average.
 
         Source: Miyato et al., arXiv:1704.03976, equations 5 to 8; on text arXiv:1605.07725, equations 7 and 8.
@@ -271,7 +273,7 @@ class Presets:
     def sift(cls, **changes: Any) -> Self:
         """Scale-invariant fine-tuning: ALUM's regulariser on embeddings normalised to mean 0 and variance 1.
 
-            delta = delta_0 + eta g / max|g| per token, added to the normalised input of the embeddings' layer norm
+            delta = delta_0 + step_size g / max|g| per token, added to the normalised input of the embeddings' norm
 
         A layer norm gives the same for its input and for the normalised input, so the perturbation is added in units of
         each token's standard deviation and the clean pass stays as it is. delta_0 ~ N(0, 1e-2) (the authors' code cuts
@@ -299,7 +301,7 @@ class Presets:
     def r3f(cls, **changes: Any) -> Self:
         """R3F: noise only, no ascent; the control in every comparison of adversaries.
 
-            loss = L(e) + lambda sKL(f(e + delta_0), f(e))
+            loss = L(e) + alpha sKL(f(e + delta_0), f(e))
 
         Normal noise; ``distribution="uniform"`` is the paper's other choice.
 
@@ -311,7 +313,7 @@ class Presets:
     def rdrop(cls, **changes: Any) -> Self:
         """R-Drop: two passes that differ in their dropout alone, trained to agree; the control without any noise.
 
-            loss = L(f_1) + L(f_2) + alpha/2 sKL(f_1, f_2)
+            loss = L(f_1) + L(f_2) + alpha sKL(f_1, f_2)
 
         ``alpha`` of this config is the published alpha/2; 0.5 stands for the published 1.
 
@@ -333,7 +335,7 @@ class Presets:
     def neftune(cls, **changes: Any) -> Self:
         """NEFTune: the task's loss at noisy embeddings; one pass.
 
-            loss = L(e + delta_0),  delta_0 = alpha U(-1, 1) / sqrt(n),  n elements of the sequence's valid tokens
+            loss = L(e + delta_0),  delta_0 = std U(-1, 1) / sqrt(n),  n elements of the sequence's valid tokens
 
         ``std`` is the published alpha, 5 (of 5, 10, 15).
 
