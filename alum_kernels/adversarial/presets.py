@@ -226,11 +226,12 @@ class Presets:
         layers recompute their attention outside of the step: load such a model with ``attn_implementation="eager"``.
         ``proximal`` combines with it.
 
-        The weights (lambda 4, mu 3) are those of public implementations for CIFAR-10. Their epsilon is of images (8/255,
-        l-inf: an eighth of a pixel's standard deviation), so here it is 0.1 of the root mean square of a sequence's
-        embeddings: set ``epsilon``, ``std`` and ``step_size`` for your model. The two steps of epsilon / 2 along the
-        sign, from uniform noise in the ball, are this library's. gamma is of second order in delta: at SMART's 1e-5 it
-        would be rounding noise, and in bf16 the ball has to be larger; ``signal_check_interval`` measures it.
+        The weights (lambda 4, mu 3) are those of public implementations for CIFAR-10. Their epsilon is of images
+        (8/255, l-inf: an eighth of a pixel's standard deviation), so here it is 0.1 of the root mean square of a
+        sequence's embeddings: set ``epsilon``, ``std`` and ``step_size`` for your model. The two steps of epsilon / 2
+        along the sign, from uniform noise in the ball, are this library's. gamma is of second order in delta: at
+        SMART's 1e-5 it would be rounding noise, and in bf16 the ball has to be larger; ``signal_check_interval``
+        measures it.
 
         The second-order counterpart of :meth:`smart`'s regulariser; that of the labels, the largest loss of the task in
         the ball, is ``adversarial_weight`` with ``ascent="task"``, as in :meth:`pgd`.
@@ -248,8 +249,8 @@ class Presets:
             loss = L(e) + KL(f(e) || f(e + step_size d)), d <- g / ||g|| at e + std d, l2 per sequence, f(e) constant
 
         std (xi) 0.1 and step_size (epsilon) 5 are for embeddings normalised to mean 0 and variance 1: elsewhere set
-        ``std``, ``step_size`` and ``epsilon``, which ``units="std"`` takes as shares of the norm of a sequence (5 is 5/sqrt(n)
-        of that of n such elements). The first direction has the length xi on average.
+        ``std``, ``step_size`` and ``epsilon``, which ``units="std"`` takes as shares of the norm of a sequence (5 is
+        5/sqrt(n) of that of n such elements). The first direction has the length xi on average.
 
         Source: Miyato et al., arXiv:1704.03976, equations 5 to 8; on text arXiv:1605.07725, equations 7 and 8.
         """

@@ -167,7 +167,6 @@ class AdversarialTrainer(Trainer):
         self.objective.model = model
         self._keep_pace()
         seed, sample_offset = self._place_of(find_batch_size(batch))
-        share = self._accumulation_share(num_items_in_batch)
 
         def of_step(loss: Tensor) -> Tensor:
             return loss if items is None else loss * (items * processes) / num_items_in_batch
@@ -178,7 +177,9 @@ class AdversarialTrainer(Trainer):
             standard_loss=not outside,
             seed=seed,
             sample_offset=sample_offset,
-            backward=lambda earlier: self.accelerator.backward(of_step(earlier) * share),
+            backward=lambda earlier: self.accelerator.backward(
+                of_step(earlier) * self._accumulation_share(num_items_in_batch)
+            ),
             update=self._update if self.adversarial.backward == "replay" else None,
         )
         loss = of_step(result.loss)
