@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from alum_kernels.adversarial.config import PRESETS
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -15,6 +17,14 @@ def test_there_is_an_example_of_each_use():
     assert len(BLOCKS) == len(words)
     for word, block in zip(words, BLOCKS, strict=True):
         assert word in block
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"^[A-Z_]{8,}$|TODO|TBD", README, re.MULTILINE)
+
+
+def test_every_preset_is_in_the_table():
+    assert set(PRESETS) <= set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| `.*", README, re.MULTILINE))))
 
 
 def test_kernel_example():
