@@ -16,6 +16,7 @@ from alum_kernels.evaluation import (
     largest_loss_increase,
     smallest_flipping_radius,
 )
+from alum_kernels.evaluation.flipping_radius import _bisected
 
 OPTIONS = {"modules": ("embed",), "head": "classification"}
 
@@ -90,6 +91,8 @@ def ascents_by_hand(model: BagOfEmbeddings, batch: dict, epsilon: float, steps: 
             point = (clean + delta).requires_grad_()
             values = losses(point)
             largest = torch.maximum(largest, values.detach())
+            if step == steps:
+                break
             (grad,) = torch.autograd.grad(values.sum(), point)
             grad = grad * mask.unsqueeze(-1)
             delta = delta + 2 * epsilon * (1 - step / steps) * grad / grad.flatten(1).norm(dim=1)[:, None, None]
@@ -118,11 +121,16 @@ def test_more_restarts_only_raise_the_loss_and_cuts_change_nothing():
 
 
 def test_no_radius_no_increase_and_never_a_negative_one():
-    model, batch = tiny_models.bert(), tiny_models.classification_batch(6)
-    assert (largest_loss_increase(model, [batch], epsilon=0.0, steps=2).increase >= 0).all()
-    noise = largest_loss_increase(model, [batch], epsilon=0.3, steps=0, restarts=1)
-    assert (noise.increase >= 0).all()
-    assert (noise.increase == 0).any()  # the clean point is better than one draw of noise
+    model, batch = BagOfEmbeddings().double(), tiny_models.classification_batch(9)
+    still = largest_loss_increase(model, [batch], epsilon=0.0, steps=2, **OPTIONS)
+    close(still.increase, torch.zeros_like(still.increase))
+    clean = functional.cross_entropy(
+        model.body(model.embed(batch["input_ids"]), batch["attention_mask"]), batch["labels"], reduction="none"
+    ).detach()
+    noise = largest_loss_increase(model, [batch], epsilon=0.5, steps=0, restarts=1, seed=5, **OPTIONS)
+    expected = ascents_by_hand(model, batch, 0.5, 0, 1, 5) - clean
+    assert 0 < (expected == 0).sum() < 9  # the noise lowers the loss of some samples
+    close(noise.increase, expected, rtol=1e-7)
 
 
 def test_a_regression_has_the_squared_error_and_is_always_right():
@@ -160,6 +168,52 @@ def test_samples_that_no_search_flips_have_an_infinite_radius(linear):
     assert 0 < beyond.sum() < (exact > 0).sum()
     assert torch.equal(found.radius.isinf(), beyond)
     close(found.withstood[beyond], torch.full_like(found.withstood[beyond], limit), rtol=1e-6)
+
+
+def scripted(*rounds):
+    """Searches that find what is written: of each round the norms of the flips, inf where a ball holds."""
+    found = iter(rounds)
+    tried = []
+
+    def nearest(radius):
+        tried.append(radius)
+        return torch.tensor(next(found), dtype=torch.float64)
+
+    return nearest, tried
+
+
+HOLDS = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("flips", "tried", "radius", "withstood"),
+    [
+        # floor 1e-4: tried are geometric means of what held last and what flipped nearest
+        ([1.0, HOLDS, HOLDS, 0.2], [1.0, 0.01, 0.1, 0.1**0.5], 0.2, 0.1),
+        ([HOLDS] * 4, [1.0], HOLDS, 1.0),  # nothing to bisect
+        ([1.0, HOLDS, HOLDS, 0.05, HOLDS], [1.0, 0.01, 0.1, 0.1**0.5, 5e-4**0.5], 0.05, 5e-4**0.5),  # 0.1 contradicted
+        ([1.0, HOLDS, HOLDS, 0.05], [1.0, 0.01, 0.1, 0.1**0.5], 0.05, 0.01),
+        ([1.0, HOLDS, 0.005, HOLDS], [1.0, 0.01, 0.1, 5e-7**0.5], 0.005, 5e-7**0.5),  # back to the floor
+        ([1.0, HOLDS, 0.005], [1.0, 0.01, 0.1], 0.005, 0.0),
+        ([1.0, HOLDS, 0.01], [1.0, 0.01, 0.1], 0.01, 0.0),  # at the very radius that held
+        ([0.5, 5e-5, HOLDS], [1.0, 5e-5**0.5, 5e-5], 5e-5, 0.0),  # the ball of the flip itself, below the floor
+    ],
+)
+def test_what_was_withstood_was_searched_and_never_contradicted(flips, tried, radius, withstood):
+    nearest, asked = scripted(*([flip] for flip in flips))
+    found = _bisected(nearest, torch.tensor([True]), 1.0, len(flips) - 1)
+    close(torch.cat(asked), torch.tensor(tried, dtype=torch.float64))
+    assert found[0].item() == radius
+    close(found[1], torch.tensor([withstood], dtype=torch.float64))
+    assert found[1].item() in [0.0, *torch.cat(asked).tolist()]
+
+
+def test_samples_are_bisected_apart():
+    nearest, asked = scripted([1.0, HOLDS, 0.3], [0.005, HOLDS, 1e-3], [HOLDS, HOLDS, HOLDS])
+    radius, withstood = _bisected(nearest, torch.tensor([True, True, False]), 1.0, 2)
+    assert radius.tolist() == [0.005, HOLDS, 0.0]
+    close(withstood, torch.tensor([5e-7**0.5, 1.0, 0.0], dtype=torch.float64))
+    close(asked[2][:2], torch.tensor([5e-7**0.5, 1.0], dtype=torch.float64))
 
 
 def test_models_are_compared_where_all_are_right(linear):
@@ -218,7 +272,7 @@ def test_quartiles_lie_between_order_statistics(linear):
         ({"epsilon": -torch.ones(6)}, ValueError, "^epsilon: expected finite numbers >= 0"),
         ({"epsilon": lambda batch: torch.ones(2)}, ValueError, r"^epsilon: expected the function to return shape \(6,"),
         ({"epsilon": "far"}, TypeError, "^epsilon: expected a number, a tensor or a function"),
-        ({"epsilon": 0.1, "restarts": 0}, ValueError, "^restarts: expected an int >= 1, got 0"),
+        ({"epsilon": 0.1, "restarts": 0}, ValueError, "^restarts: expected a number >= 1, got 0"),
         ({"epsilon": 0.1, "level": "batch"}, ValueError, "^level: expected one of 'token', 'sequence'"),
         ({"epsilon": 0.1, "head": "nothing"}, ValueError, "^head: expected one of"),
     ],
@@ -235,8 +289,10 @@ def test_bad_arguments_of_the_others_are_named(linear):
         largest_loss_increase(model, [], epsilon=0.1, **OPTIONS)
     with pytest.raises(ValueError, match=r"^max_epsilon: expected a number > 0"):
         smallest_flipping_radius(model, [batch], max_epsilon=0, **OPTIONS)
-    with pytest.raises(ValueError, match=r"^rounds: expected an int >= 0, got 1.5"):
-        smallest_flipping_radius(model, [batch], max_epsilon=1, rounds=1.5, **OPTIONS)
+    with pytest.raises(TypeError, match=r"^rounds: expected an int, got float"):
+        smallest_flipping_radius(model, [batch], max_epsilon=1, rounds=1.0, **OPTIONS)
+    with pytest.raises(ValueError, match=r"^rounds: expected a number >= 0, got -1"):
+        smallest_flipping_radius(model, [batch], max_epsilon=1, rounds=-1, **OPTIONS)
     with pytest.raises(ValueError, match=r"^head: expected one of .*, got 'regression'"):
         smallest_flipping_radius(model, [batch], max_epsilon=1, modules=("embed",), head="regression")
     with pytest.raises(ValueError, match=r"^models: expected at least one model"):

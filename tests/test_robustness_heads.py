@@ -1,14 +1,16 @@
 """Robustness figures of every head: what counts as a row, whose sample it is, and what it loses."""
 
+from dataclasses import dataclass
+
 import pytest
 import tiny_models
 import torch
-import transformers
-from tiny_models import LABELS, PADDING, VOCABULARY
-from torch import nn
+from tiny_models import PADDING
+from torch import Tensor, nn
 from torch.nn import functional
 
 from alum_kernels.adversarial.heads import Head
+from alum_kernels.backends.reference import noise_init as reference_noise
 from alum_kernels.evaluation import (
     accuracy_under_attack,
     largest_loss_increase,
@@ -17,178 +19,176 @@ from alum_kernels.evaluation import (
 )
 from alum_kernels.evaluation.scoring import Judge
 
-BERT = transformers.BertConfig(
-    vocab_size=VOCABULARY,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=24,
-    max_position_embeddings=24,
-    pad_token_id=PADDING,
-    initializer_range=0.3,
-    num_labels=LABELS,
-)
-BART = transformers.BartConfig(
-    vocab_size=VOCABULARY,
-    d_model=16,
-    encoder_layers=1,
-    decoder_layers=1,
-    encoder_attention_heads=2,
-    decoder_attention_heads=2,
-    encoder_ffn_dim=24,
-    decoder_ffn_dim=24,
-    max_position_embeddings=24,
-    init_std=0.3,
-    pad_token_id=PADDING,
-    bos_token_id=0,
-    eos_token_id=2,
-    decoder_start_token_id=2,
-)
-
-
-def build(kind, config) -> nn.Module:
-    torch.manual_seed(0)
-    return kind(config).train()
-
-
-def predicted_labels(logits: torch.Tensor, every: int) -> torch.Tensor:
-    """The class that is predicted, another one at every so many samples."""
-    labels = logits.argmax(-1)
-    labels[::every] = (labels[::every] + 1) % logits.shape[-1]
-    return labels
-
-
-def multiple_choice():
-    model = build(transformers.BertForMultipleChoice, BERT)
-    batch = tiny_models.choice_batch()
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    with torch.no_grad():
-        logits = model.eval()(**inputs).logits.double()
-    labels = predicted_labels(logits, 3)
-    losses = functional.cross_entropy(logits, labels, reduction="none")
-    return model, {**inputs, "labels": labels}, losses, logits.argmax(-1) == labels, [[i] for i in range(4)]
-
-
-def of_positions(model, batch, labels, shift=0):
-    """Rows by sample of a head that predicts at each position; ``shift`` places before the label."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    with torch.no_grad():
-        logits = model.eval()(**inputs).logits.double()
-    logits = logits[:, : logits.shape[1] - shift]
-    targets = labels[:, shift:]
-    if labels.eq(0).all():  # to be filled with what is predicted, but for every third sample
-        labels = labels.clone()
-        labels[:, shift:] = predicted_labels(logits, 3)
-        mask = batch["attention_mask"][:, shift:] == 0
-        labels[:, shift:][mask] = -100
-        labels[:, :shift] = -100
-        targets = labels[:, shift:]
-    kept = targets != -100
-    losses = functional.cross_entropy(logits[kept], targets[kept], reduction="none")
-    owners = torch.arange(len(labels))[:, None].expand_as(kept)[kept]
-    groups = [(owners == sample).nonzero().flatten().tolist() for sample in range(len(labels))]
-    return model, {**batch, "labels": labels}, losses, (logits.argmax(-1) == targets)[kept], groups
-
-
-def token_classification():
-    batch = tiny_models.tokens()
-    return of_positions(
-        build(transformers.BertForTokenClassification, BERT), batch, torch.zeros_like(batch["input_ids"])
-    )
-
-
-def masked_lm():
-    batch = tiny_models.masked_lm_batch()
-    return of_positions(build(transformers.BertForMaskedLM, BERT), batch, batch["labels"])
-
-
-def causal_lm():
-    batch = tiny_models.tokens()
-    return of_positions(tiny_models.language_model("gpt2"), batch, torch.zeros_like(batch["input_ids"]), shift=1)
-
-
-def seq2seq_lm():
-    model = build(transformers.BartForConditionalGeneration, BART)
-    batch = tiny_models.tokens()
-    labels = torch.randint(3, VOCABULARY, (4, 5), generator=torch.Generator().manual_seed(1))
-    labels[1, 3:] = -100
-    shifted = torch.cat((torch.full((4, 1), 2), torch.where(labels == -100, PADDING, labels)[:, :-1]), 1)
-    model, _, losses, right, groups = of_positions(model, {**batch, "decoder_input_ids": shifted}, labels)
-    return model, {**batch, "labels": labels}, losses, right, groups
-
-
-def question_answering():
-    model = build(transformers.BertForQuestionAnswering, transformers.BertConfig(**{**BERT.to_dict(), "num_labels": 2}))
-    inputs = tiny_models.tokens(5)
-    with torch.no_grad():
-        outputs = model.eval()(**inputs)
-    hidden = inputs["attention_mask"] == 0
-    start = outputs.start_logits.double().masked_fill(hidden, -torch.inf)
-    end = outputs.end_logits.double().masked_fill(hidden, -torch.inf)
-    starts, ends = start.argmax(-1), end.argmax(-1)
-    starts[1] = (starts[1] + 1) % 3  # one end wrong is wrong
-    losses = (
-        functional.cross_entropy(start, starts, reduction="none")
-        + functional.cross_entropy(end, ends, reduction="none")
-    ) / 2
-    right = (start.argmax(-1) == starts) & (end.argmax(-1) == ends)
-    return (
-        model,
-        {**inputs, "start_positions": starts, "end_positions": ends},
-        losses,
-        right,
-        [[sample] for sample in range(5)],
-    )
-
-
-CASES = {
-    case.__name__: case
-    for case in (multiple_choice, token_classification, masked_lm, causal_lm, seq2seq_lm, question_answering)
+FAMILY_OF = {
+    "choice": "bert",
+    "token_labels": "bert",
+    "masked_lm": "bert",
+    "causal_lm": "gpt2",
+    "seq2seq": "bart",
+    "spans": "bert",
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_rows_of_a_head_are_counted_as_its_task_does(name):
-    model, batch, losses, right, _ = CASES[name]()
-    report = accuracy_under_attack(model, [batch], epsilon=0.3, steps=4, norm="l2", level="sequence", restarts=2)
+@dataclass
+class Case:
+    """A model in float64 whose predictions are the labels, of every third sample others.
+
+    Attributes:
+        model, batch: the model, and its arguments with labels.
+        inputs: its arguments without labels.
+        targets: of each field of logits, the class of each row, -100 where none counts.
+        embeddings: the module that is perturbed.
+    """
+
+    model: nn.Module
+    batch: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    embeddings: nn.Module
+
+    def rows(self, outputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of each row, whether it is right, and whose sample it is."""
+        losses, right, owners = [], [], []
+        for field, targets in self.targets.items():
+            logits, kept = self.logits(outputs, field), targets != -100
+            losses.append(functional.cross_entropy(logits[kept], targets[kept], reduction="none"))
+            right.append(logits[kept].argmax(-1) == targets[kept])
+            owners.append(torch.arange(len(targets)).view(-1, *[1] * (targets.dim() - 1)).expand_as(targets)[kept])
+        return torch.cat(losses), torch.cat(right), torch.cat(owners)
+
+    def counted(self, outputs) -> tuple[Tensor, Tensor]:
+        """Loss and rightness of what is counted: a row, but of the two ends of an answer the sample."""
+        losses, right, owners = self.rows(outputs)
+        if "start_logits" not in self.targets:
+            return losses, right
+        samples = owners.unique()
+        return (
+            torch.stack([losses[owners == sample].mean() for sample in samples]),
+            torch.stack([right[owners == sample].all() for sample in samples]),
+        )
+
+    def logits(self, outputs, field: str) -> Tensor:
+        if field in ("start_logits", "end_logits"):
+            return outputs[field].masked_fill(self.inputs["attention_mask"] == 0, -torch.inf)
+        return outputs[field]
+
+
+def make(task: str) -> Case:
+    model = tiny_models.make(FAMILY_OF[task], task, dtype=torch.float64).eval()
+    batch = tiny_models.batch(task, 5)
+    names = ("start_positions", "end_positions") if task == "spans" else ("labels",)
+    inputs = {name: value for name, value in batch.items() if name not in names}
+    embeddings = model.get_encoder().embed_tokens if task == "seq2seq" else model.get_input_embeddings()
+    case = Case(model, batch, inputs, {}, embeddings)
+    fields = ("start_logits", "end_logits") if task == "spans" else ("logits",)
+    for _ in range(6 if task == "seq2seq" else 1):  # what a decoder predicts at a position depends on labels before it
+        if task == "seq2seq":
+            before = torch.where(batch["labels"] == -100, PADDING, batch["labels"])[:, :-1]
+            inputs["decoder_input_ids"] = functional.pad(before, (1, 0), value=model.config.decoder_start_token_id)
+        with torch.no_grad():
+            outputs = model(**inputs)
+        for name, field in zip(names, fields, strict=True):
+            logits = case.logits(outputs, field)
+            ignored = next_token(batch[name]) == -100 if task == "causal_lm" else batch[name] == -100
+            targets = logits.argmax(-1)
+            targets[::3] = (targets[::3] + 1) % (3 if task in ("spans", "choice") else logits.shape[-1])
+            case.targets[field] = targets.masked_fill(ignored, -100)
+            batch[name] = case.targets[field]
+    if task == "causal_lm":  # a position predicts the label of the next one
+        batch["labels"] = functional.pad(case.targets["logits"][:, :-1], (1, 0), value=-100)
+    return case
+
+
+def next_token(labels: Tensor) -> Tensor:
+    return functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def attacked_by_hand(case: Case, epsilon: float, steps: int, restarts: int, seed: int) -> tuple[float, float]:
+    """Accuracy and loss under an l2 attack on each sequence, in plain PyTorch."""
+    mask = case.inputs["attention_mask"].flatten(0, -2)
+    clean = case.embeddings(case.inputs["input_ids"].flatten(0, -2)).detach()
+
+    def outputs(embeds: Tensor):
+        handle = case.embeddings.register_forward_hook(lambda *_: embeds)
+        try:
+            return case.model(**case.inputs)
+        finally:
+            handle.remove()
+
+    width = epsilon / (mask.sum(1) * clean.shape[2]).double().sqrt()
+    with torch.no_grad():
+        _, robust = case.counted(outputs(clean))
+    largest = torch.full(robust.shape, -torch.inf, dtype=torch.float64)
+    for restart in range(restarts):
+        noise = {"mask": mask, "distribution": "uniform", "stream": restart, "sample_offset": 0}
+        unit = reference_noise.initial_delta(clean.shape, torch.tensor([seed]), torch.float64, std=1.0, **noise)
+        delta = unit * width[:, None, None]
+        for step in range(steps + 1):
+            point = (clean + delta).requires_grad_()
+            found = outputs(point)
+            losses, right = case.counted(found)
+            robust = robust & right
+            if step == steps:
+                largest = torch.maximum(largest, losses.detach())
+                break
+            (grad,) = torch.autograd.grad(case.rows(found)[0].sum(), point)
+            grad = grad * mask.unsqueeze(-1)
+            delta = delta + 2.5 * epsilon / steps * grad / grad.flatten(1).norm(dim=1)[:, None, None]
+            delta = delta * (epsilon / delta.flatten(1).norm(dim=1)).clamp(max=1)[:, None, None]
+    return robust.double().mean().item(), largest.mean().item()
+
+
+@pytest.mark.parametrize("task", FAMILY_OF)
+def test_rows_of_a_head_are_counted_and_attacked_as_its_task_does(task):
+    case = make(task)
+    with torch.no_grad():
+        losses, right = case.counted(case.model(**case.inputs))
+    search = {"epsilon": 0.15, "steps": 3, "restarts": 2, "seed": 5}
+    report = accuracy_under_attack(case.model, [case.batch], norm="l2", level="sequence", **search)
     assert report.rows == len(right)
     assert report.clean_accuracy == pytest.approx(right.double().mean().item())
-    assert report.clean_loss == pytest.approx(losses.mean().item(), rel=1e-4)
-    assert report.attacked_loss > report.clean_loss
-    assert report.attacked_accuracy <= report.clean_accuracy
-    far = accuracy_under_attack(model, [batch], epsilon=30.0, steps=4, norm="l2", level="sequence")
-    assert far.attacked_accuracy < max(report.clean_accuracy, 1e-9) or report.clean_accuracy == 0
+    assert report.clean_loss == pytest.approx(losses.mean().item(), rel=1e-9)
+    accuracy, loss = attacked_by_hand(case, **search)
+    assert 0 < accuracy < report.clean_accuracy < 1
+    assert report.attacked_accuracy == pytest.approx(accuracy)
+    assert report.attacked_loss == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_losses_of_a_sample_are_the_mean_over_its_rows(name):
-    model, batch, losses, right, groups = CASES[name]()
-    report = largest_loss_increase(model, [batch], epsilon=0.2, steps=5, restarts=1)
-    expected = torch.stack([losses[rows].mean() for rows in groups])
-    torch.testing.assert_close(report.clean_loss, expected, rtol=1e-4, atol=1e-6)
-    assert report.correct.tolist() == [bool(right[rows].all()) for rows in groups]
+@pytest.mark.parametrize("task", FAMILY_OF)
+def test_losses_of_a_sample_are_the_mean_over_its_rows(task):
+    case = make(task)
+    with torch.no_grad():
+        losses, right, owners = case.rows(case.model(**case.inputs))
+    report = largest_loss_increase(case.model, [case.batch], epsilon=0.2, steps=5, restarts=1)
+    expected = torch.stack([losses[owners == sample].mean() for sample in range(5)])
+    torch.testing.assert_close(report.clean_loss, expected, rtol=1e-9, atol=1e-12)
+    assert report.correct.tolist() == [bool(right[owners == sample].all()) for sample in range(5)]
     assert (report.increase > 0).all()
-    radius = smallest_flipping_radius(model, [batch], max_epsilon=50.0, steps=5, rounds=4)
+    radius = smallest_flipping_radius(case.model, [case.batch], max_epsilon=50.0, steps=5, rounds=4)
     assert torch.equal(radius.radius == 0, ~report.correct)
-    smooth = local_smoothness(model, [batch], epsilon=0.2, steps=5)
+    smooth = local_smoothness(case.model, [case.batch], epsilon=0.2, steps=5)
     assert smooth.counted.all()
     assert (smooth.ascended > smooth.random).all()
 
 
-@pytest.mark.parametrize("name", ["multiple_choice", "question_answering"])
-def test_every_sample_has_its_own_noise_and_radius_however_cut(name):
-    model, batch, *_ = CASES[name]()
-    samples = next(iter(batch.values())).shape[0]
-    radii = torch.linspace(0, 0.4, samples)
-    pieces = [{key: value[part] for key, value in batch.items()} for part in (slice(0, 1), slice(1, 3), slice(3, None))]
-    whole, cut = (largest_loss_increase(model, one, epsilon=radii, steps=3, restarts=1) for one in ([batch], pieces))
-    assert whole.increase[0] == 0
+@pytest.mark.parametrize("task", ["choice", "spans"])
+def test_every_sample_has_its_own_noise_and_radius_however_cut(task):
+    case = make(task)
+    radii = torch.linspace(0, 0.4, 5)
+    pieces = [
+        {key: value[part] for key, value in case.batch.items()} for part in (slice(0, 1), slice(1, 3), slice(3, None))
+    ]
+    whole, cut = (
+        largest_loss_increase(case.model, one, epsilon=radii, steps=3, restarts=1) for one in ([case.batch], pieces)
+    )
+    torch.testing.assert_close(whole.increase[0], torch.zeros_like(whole.increase[0]), rtol=0, atol=1e-12)
     assert (whole.increase[1:] > 0).all()
-    torch.testing.assert_close(cut.largest_loss, whole.largest_loss, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(cut.largest_loss, whole.largest_loss, rtol=1e-9, atol=1e-12)
 
 
 def test_padding_of_choices_stays_as_it_is():
-    model, batch, *_ = CASES["multiple_choice"]()
+    case = make("choice")
+    model, batch = case.model, case.batch
     assert (batch["attention_mask"] == 0).any()
     report = local_smoothness(model, [batch], epsilon=0.5, steps=2)
     filled = {**batch, "input_ids": torch.where(batch["attention_mask"] == 0, 5, batch["input_ids"])}

@@ -104,5 +104,5 @@ def test_labels_that_do_not_fit_are_named():
     regression = detect_head(tiny_models.bert(labels=1))
     with pytest.raises(ValueError, match=r"^batch: expected 'labels' \(B,\) for a regression head, got input_ids"):
         SampleLosses(regression, tiny_models.tokens())
-    with pytest.raises(ValueError, match=r"^labels: expected shape \(4, 2\) as predicted, got \(4,\)"):
+    with pytest.raises(ValueError, match=r"^labels: expected shape \(4, 2\) as the logits, got \(4,\)"):
         SampleLosses(regression, tiny_models.regression_batch())([torch.zeros(4, 2)])

@@ -33,11 +33,11 @@ def group_norm(x, level):
     return x.norm(dim=2, keepdim=True) if level == "token" else x.flatten(1).norm(dim=1)[:, None, None]
 
 
-def by_hand(model, batch, epsilon, steps, draws, seed, norm, level):
-    """(B,) divergence at the random point, mean over the draws, and the largest along the ascents."""
-    mask = batch["attention_mask"]
-    clean = model.embed(batch["input_ids"]).detach()
-    logits = model.body(clean, mask).detach()
+def by_hand(divergence, clean, mask, epsilon, *, steps, draws, seed, norm, level):
+    """(B,) divergence at the random point, mean over the draws, and the largest along the ascents.
+
+    ``divergence`` is of (B, S, H) embeddings, to (B,); ``clean`` are those of the batch.
+    """
     kept = mask.unsqueeze(-1).double()
     random, largest = torch.zeros(len(mask), dtype=torch.float64), torch.zeros(len(mask), dtype=torch.float64)
     for draw in range(draws):
@@ -48,7 +48,7 @@ def by_hand(model, batch, epsilon, steps, draws, seed, norm, level):
             delta = epsilon * direction / group_norm(direction, level).clamp(min=1e-300)
         for step in range(steps + 1):
             point = (clean + delta).requires_grad_()
-            values = symmetric_kl(model.body(point, mask), logits)
+            values = divergence(point)
             random += values.detach() / draws if step == 0 else 0
             largest = torch.maximum(largest, values.detach())
             (grad,) = torch.autograd.grad(values.sum(), point)
@@ -67,7 +67,9 @@ def test_the_divergences_are_those_written_by_hand(norm, level, steps, draws):
     model, batch = BagOfEmbeddings().double(), tiny_models.classification_batch(7)
     given = {"steps": steps, "draws": draws, "seed": 11, "norm": norm, "level": level}
     report = local_smoothness(model, [batch], epsilon=0.4, **given, **OPTIONS)
-    random, ascended = by_hand(model, batch, 0.4, **given)
+    clean, mask = model.embed(batch["input_ids"]).detach(), batch["attention_mask"]
+    logits = model.body(clean, mask).detach()
+    random, ascended = by_hand(lambda x: symmetric_kl(model.body(x, mask), logits), clean, mask, 0.4, **given)
     close(report.random, random, rtol=1e-8)
     close(report.ascended, ascended, rtol=1e-8)
     assert (report.ascended >= report.random).all()
@@ -124,10 +126,27 @@ def test_a_language_model_is_compared_at_labelled_positions_or_at_all():
 
 
 def test_both_heads_of_pretraining_are_added():
-    model, batch = tiny_models.bert_pretraining(), tiny_models.pretraining_batch(3)
-    report = local_smoothness(model, [batch], epsilon=0.1, steps=3)
+    model, batch = tiny_models.bert_pretraining().double(), tiny_models.pretraining_batch(3)
+    given = {"steps": 3, "draws": 2, "seed": 7, "norm": "l2", "level": "sequence"}
+    report = local_smoothness(model, [batch], epsilon=0.1, **given)
     assert report.counted.all()
-    assert report.ratio > 1
+    model.eval()
+    mask, kept = batch["attention_mask"], (batch["labels"] != -100).double()
+    clean = model.bert.embeddings.word_embeddings(batch["input_ids"]).detach()
+
+    def predictions(embeds):
+        outputs = model(inputs_embeds=embeds, attention_mask=mask)
+        return outputs.prediction_logits, outputs.seq_relationship_logits
+
+    at_clean = [logits.detach() for logits in predictions(clean)]
+
+    def divergence(embeds):
+        words, next_sentence = (symmetric_kl(*pair) for pair in zip(predictions(embeds), at_clean, strict=True))
+        return (words * kept).sum(1) / kept.sum(1) + next_sentence
+
+    random, ascended = by_hand(divergence, clean, mask, 0.1, **given)
+    close(report.random, random, rtol=1e-8)
+    close(report.ascended, ascended, rtol=1e-7)
 
 
 def test_nothing_moved_has_no_ratio():
@@ -147,10 +166,11 @@ def test_half_precision_still_climbs():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"draws": 0}, ValueError, "^draws: expected an int >= 1, got 0"),
+        ({"draws": 0}, ValueError, "^draws: expected a number >= 1, got 0"),
+        ({"draws": 1.0}, TypeError, "^draws: expected an int, got float"),
         ({"positions": "some"}, ValueError, "^positions: expected one of 'labelled', 'all'"),
         ({"level": "batch"}, ValueError, "^level: expected one of 'token', 'sequence'"),
-        ({"steps": -1}, ValueError, "^steps: expected an int >= 0, got -1"),
+        ({"steps": -1}, ValueError, "^steps: expected a number >= 0, got -1"),
     ],
 )
 def test_bad_arguments_are_named(options, error, message):

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.labels import IGNORED_LABEL
+from alum_kernels.adversarial.row_losses import fitted, part_weight, row_losses, targets_of
 
 
 class SampleLosses:
@@ -31,15 +31,9 @@ class SampleLosses:
 
     def __init__(self, head: Head, batch: Mapping[str, Any]) -> None:
         self._regression = head.name == "regression"
-        if self._regression:
-            labels = batch.get("labels")
-            if not isinstance(labels, Tensor):
-                listed = ", ".join(batch) or "an empty batch"
-                raise ValueError(f"batch: expected 'labels' (B,) for a {head.name} head, got {listed}")
-            self._labels = [labels]
-        else:
-            self._labels = [part.labels(batch) for part in head.parts]
-        self._share = 1 / len(self._labels) if head.name == "question_answering" else 1.0
+        self._parts = head.parts
+        self._labels = [targets_of(part, batch) for part in self._parts]
+        self._weight = part_weight(head)
 
     def __call__(self, logits: Sequence[Tensor]) -> Tensor:
         """(B,) losses, fp32 (fp64 for fp64), 0 for a sample without a label; differentiable twice.
@@ -50,10 +44,8 @@ class SampleLosses:
         Raises:
             ValueError: logits and labels do not fit each other.
         """
-        wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in logits]
-        if self._regression:
-            return _squared_errors(wide[0], self._labels[0])
-        return self._share * sum(_cross_entropies(*pair) for pair in zip(wide, self._labels, strict=True))
+        parts = zip(self._parts, logits, self._labels, strict=True)
+        return self._weight * sum(_of_samples(*part) for part in parts)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of (B,) values over the labels, each sample counting as often as it has one; 0 where none has.
@@ -67,16 +59,8 @@ class SampleLosses:
         return torch.where(counts > 0, values * counts, 0).sum() / counts.sum().clamp(min=1)
 
 
-def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"labels: expected shape {tuple(logits.shape[:-1])} as the logits, got {tuple(labels.shape)}")
-    rows = functional.cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
-    ).view_as(labels)
-    return rows if rows.dim() == 1 else rows.sum(1) / (labels != IGNORED_LABEL).sum(1).clamp(min=1)
-
-
-def _squared_errors(predicted: Tensor, labels: Tensor) -> Tensor:
-    if labels.shape != predicted.shape and (predicted.shape[1] != 1 or labels.shape != predicted.shape[:1]):
-        raise ValueError(f"labels: expected shape {tuple(predicted.shape)} as predicted, got {tuple(labels.shape)}")
-    return (predicted - labels.reshape(predicted.shape).to(predicted.dtype)).square().mean(1)
+def _of_samples(part: Head, logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) loss of each row, or mean over the labelled rows of a sample."""
+    targets = fitted(part, labels, logits)
+    rows = row_losses(part, logits, targets)
+    return rows if rows.dim() == 1 else rows.sum(1) / (targets != IGNORED_LABEL).sum(1).clamp(min=1)

@@ -10,6 +10,7 @@ from alum_kernels.evaluation.loss_increase import (
     largest_loss_increase,
 )
 from alum_kernels.evaluation.robustness import RobustnessReport, accuracy_under_attack
+from alum_kernels.evaluation.search import Radius
 from alum_kernels.evaluation.smoothness import SmoothnessReport, local_smoothness
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LossIncrease",
     "LossIncreaseComparison",
     "Quartiles",
+    "Radius",
     "RobustnessReport",
     "SmoothnessReport",
     "accuracy_under_attack",

@@ -7,16 +7,19 @@ bound of the true one, and never negative.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from alum_kernels.adversarial.heads import HEADS
-from alum_kernels.evaluation.attack import DECREASING, SAMPLE_LEVELS, Attack, Radius, Subject
+from alum_kernels.evaluation.attack import Attack, Subject, attacking
 from alum_kernels.evaluation.flipping_radius import smallest_flipping_radius
 from alum_kernels.evaluation.scoring import Judge
+from alum_kernels.evaluation.search import Radius, Search
+
+RESTARTS = 3
+"""Starts of a search for the largest loss, unless told otherwise."""
 
 
 class Quartiles(NamedTuple):
@@ -98,15 +101,15 @@ def largest_loss_increase(
     batches: Iterable[Mapping[str, Any]],
     *,
     epsilon: Radius,
-    steps: int = 20,
-    step_size: float | None = None,
-    norm: str = "l2",
-    level: str = "sequence",
-    restarts: int = 3,
-    seed: int = 0,
-    modules: Sequence[str] = (),
-    head: str | None = None,
-    backend: str | None = None,
+    steps: int = Search.steps,
+    step_size: float | None = Search.step_size,
+    norm: str = Search.norm,
+    level: str = Search.level,
+    restarts: int = RESTARTS,
+    seed: int = Search.seed,
+    modules: Sequence[str] = Search.modules,
+    head: str | None = Search.head,
+    backend: str | None = Search.backend,
 ) -> LossIncrease:
     """The largest increase of each sample's loss that a search of the ball around its embeddings finds.
 
@@ -148,27 +151,13 @@ def largest_loss_increase(
         >>> report.clean_loss.tolist(), round(report.increase.item(), 3)  # (sqrt(2) 2)^2
         ([0.0], 8.0)
     """
-    attack = Attack(
-        model,
-        heads=HEADS,
-        levels=SAMPLE_LEVELS,
-        schedule=DECREASING,
-        norm=norm,
-        level=level,
-        steps=steps,
-        step_size=step_size,
-        restarts=restarts,
-        seed=seed,
-        modules=modules,
-        head=head,
-        backend=backend,
-    )
-    with attack:
-        measured = [_of_batch(attack, subject) for subject in attack.subjects(batches, epsilon)]
+    search = Search(steps, step_size, norm, level, restarts, seed, modules, head, backend)
+    with attacking(model, search) as attack:
+        measured = [_of_batch(attack, *subject) for subject in attack.subjects(batches, epsilon)]
     return LossIncrease(*(torch.cat(column) for column in zip(*measured, strict=True)))
 
 
-def _of_batch(attack: Attack, subject: Subject) -> tuple[Tensor, ...]:
+def _of_batch(attack: Attack, subject: Subject, epsilon: float | Tensor) -> tuple[Tensor, ...]:
     """The report's columns for one batch."""
     judge = Judge(attack.head, subject.batch, subject.logits)
 
@@ -177,10 +166,10 @@ def _of_batch(attack: Attack, subject: Subject) -> tuple[Tensor, ...]:
 
     clean = lost(subject.logits)
     largest = clean
-    for restart in range(attack.restarts):
-        for point in subject.climb(lost, restart):
+    for restart in range(attack.search.restarts):
+        for point in subject.climb(lost, epsilon, subject.uniform_start(epsilon, restart)):
             largest = torch.fmax(largest, point.values)  # a point where the model gives NaN is no maximum
-    radius = torch.as_tensor(subject.epsilon, dtype=torch.float64).cpu().expand(subject.samples)
+    radius = torch.as_tensor(epsilon, dtype=torch.float64).cpu().expand(subject.samples)
     correct = judge.rows.all_by_sample(judge.right(subject.logits))
     return clean.double().cpu(), largest.double().cpu(), correct.cpu(), judge.rows.counted.cpu(), radius
 
@@ -192,15 +181,15 @@ def compare_loss_increase(
     epsilon: Radius | None = None,
     max_epsilon: float | None = None,
     only_correct: bool = True,
-    steps: int = 20,
-    step_size: float | None = None,
-    norm: str = "l2",
-    level: str = "sequence",
-    restarts: int = 3,
-    seed: int = 0,
-    modules: Sequence[str] = (),
-    head: str | None = None,
-    backend: str | None = None,
+    steps: int = Search.steps,
+    step_size: float | None = Search.step_size,
+    norm: str = Search.norm,
+    level: str = Search.level,
+    restarts: int = RESTARTS,
+    seed: int = Search.seed,
+    modules: Sequence[str] = Search.modules,
+    head: str | None = Search.head,
+    backend: str | None = Search.backend,
 ) -> LossIncreaseComparison:
     """The largest loss increase of several models at the samples that all of them get right.
 
@@ -229,17 +218,7 @@ def compare_loss_increase(
         given = "neither" if epsilon is None else "both"
         raise ValueError(f"epsilon, max_epsilon: expected exactly one of them, got {given}")
     held = list(batches)
-    options = {
-        "steps": steps,
-        "step_size": step_size,
-        "norm": norm,
-        "level": level,
-        "restarts": restarts,
-        "seed": seed,
-        "modules": modules,
-        "head": head,
-        "backend": backend,
-    }
+    options = asdict(Search(steps, step_size, norm, level, restarts, seed, modules, head, backend))
     if epsilon is None:
         found = smallest_flipping_radius(next(iter(models.values())), held, max_epsilon=max_epsilon, **options)
         epsilon = found.withstood

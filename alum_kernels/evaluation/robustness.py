@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from alum_kernels.adversarial.heads import HEADS
-from alum_kernels.evaluation.attack import Attack, Radius, Subject
-from alum_kernels.evaluation.scoring import WHOLE_SAMPLE_HEADS, Judge
-
-CLASS_HEADS = tuple(head for head in HEADS if head not in ("regression", "pretraining"))
-"""Heads whose rows are right or wrong, all in one way."""
+from alum_kernels.evaluation.attack import CONSTANT, Attack, Subject, attacking
+from alum_kernels.evaluation.scoring import CLASS_HEADS, WHOLE_SAMPLE_HEADS, Judge
+from alum_kernels.evaluation.search import Radius, Search
+from alum_kernels.ops.projected_ascent import LEVELS
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,14 @@ def accuracy_under_attack(
     *,
     epsilon: Radius,
     steps: int = 3,
-    step_size: float | None = None,
+    step_size: float | None = Search.step_size,
     norm: str = "linf",
     level: str = "token",
-    restarts: int = 1,
-    seed: int = 0,
-    modules: Sequence[str] = (),
-    head: str | None = None,
-    backend: str | None = None,
+    restarts: int = Search.restarts,
+    seed: int = Search.seed,
+    modules: Sequence[str] = Search.modules,
+    head: str | None = Search.head,
+    backend: str | None = Search.backend,
 ) -> RobustnessReport:
     """Accuracy and loss of a model that predicts classes, clean and under an attack on its embeddings.
 
@@ -101,21 +99,9 @@ def accuracy_under_attack(
         >>> report.clean_accuracy, report.attacked_accuracy
         (1.0, 0.5)
     """
-    attack = Attack(
-        model,
-        heads=CLASS_HEADS,
-        norm=norm,
-        level=level,
-        steps=steps,
-        step_size=step_size,
-        restarts=restarts,
-        seed=seed,
-        modules=modules,
-        head=head,
-        backend=backend,
-    )
-    with attack:
-        sums = [_attacked(attack, subject) for subject in attack.subjects(batches, epsilon)]
+    search = Search(steps, step_size, norm, level, restarts, seed, modules, head, backend)
+    with attacking(model, search, heads=CLASS_HEADS, levels=LEVELS, schedule=CONSTANT) as attack:
+        sums = [_attacked(attack, *subject) for subject in attack.subjects(batches, epsilon)]
     totals = _Totals(*torch.stack([torch.stack(one) for one in sums]).sum(0).tolist())
     if totals.rows == 0:
         raise ValueError("batches: expected at least one labelled row, got none")
@@ -141,7 +127,7 @@ class _Totals(NamedTuple):
     elements: Any
 
 
-def _attacked(attack: Attack, subject: Subject) -> _Totals:
+def _attacked(attack: Attack, subject: Subject, epsilon: float | Tensor) -> _Totals:
     judge = Judge(attack.head, subject.batch, subject.logits)
     whole = attack.head.name in WHOLE_SAMPLE_HEADS
 
@@ -156,8 +142,8 @@ def _attacked(attack: Attack, subject: Subject) -> _Totals:
     clean_loss = lost(judge.losses(subject.logits))
     robust, attacked_loss = correct, torch.full_like(clean_loss, -math.inf)
     delta_squared = torch.zeros((), dtype=torch.float64, device=correct.device)
-    for restart in range(attack.restarts):
-        for point in subject.climb(judge.losses, restart):
+    for restart in range(attack.search.restarts):
+        for point in subject.climb(judge.losses, epsilon, subject.uniform_start(epsilon, restart)):
             robust = robust & right(point.logits)
         attacked_loss = torch.maximum(attacked_loss, lost(point.values))
         for delta in point.deltas:
@@ -169,6 +155,6 @@ def _attacked(attack: Attack, subject: Subject) -> _Totals:
         clean_loss=clean_loss.double().sum(),
         attacked_loss=attacked_loss.double().sum(),
         delta_squared=delta_squared,
-        elements=subject.elements() * attack.restarts,
+        elements=subject.elements() * attack.search.restarts,
     )
     return _Totals(*(value.double() for value in totals))

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from alum_kernels.adversarial.heads import Head
+from alum_kernels.adversarial.heads import HEADS, Head
 from alum_kernels.adversarial.labels import IGNORED_LABEL
+from alum_kernels.adversarial.row_losses import fitted, part_weight, row_losses, targets_of
+
+CLASS_HEADS = tuple(head for head in HEADS if head not in ("regression", "pretraining"))
+"""Heads whose rows are right or wrong, all in one way."""
 
 WHOLE_SAMPLE_HEADS = ("question_answering",)
 """Heads whose parts answer one question: a sample is right if every part is, and counts once."""
@@ -31,7 +34,7 @@ class Rows:
     def __init__(self, head: Head, kept: Sequence[Tensor]) -> None:
         self.samples = kept[0].shape[0]
         self._kept = kept
-        share = 1 / len(kept) if head.name in WHOLE_SAMPLE_HEADS else 1.0
+        weight = part_weight(head)
         places, weights = [], []
         for rows in kept:
             if rows.shape[0] != self.samples:
@@ -39,7 +42,7 @@ class Rows:
             flat = rows.reshape(self.samples, -1)
             index = torch.arange(self.samples, device=rows.device).unsqueeze(1).expand_as(flat)[flat]
             places.append(index)
-            weights.append(share / flat.sum(1)[index].double())
+            weights.append(weight / flat.sum(1)[index].double())
         self.of_sample = torch.cat(places)
         self._weights = torch.cat(weights)
 
@@ -77,39 +80,21 @@ class Judge:
     """
 
     def __init__(self, head: Head, batch: Mapping[str, Any], logits: Sequence[Tensor]) -> None:
-        self._regression = head.name == "regression"
-        labels = [_labels(part, batch, values) for part, values in zip(head.parts, logits, strict=True)]
+        self._parts, self._regression = head.parts, head.name == "regression"
+        fits = [fitted(part, targets_of(part, batch), values) for part, values in zip(self._parts, logits, strict=True)]
         whole = [torch.ones(values.shape[:1], dtype=torch.bool, device=values.device) for values in logits]
-        self.rows = Rows(head, whole if self._regression else [one != IGNORED_LABEL for one in labels])
-        self._labels = self.rows.gathered(labels)
+        self.rows = Rows(head, whole if self._regression else [one != IGNORED_LABEL for one in fits])
+        self._targets = self.rows.gathered(fits)
 
     def losses(self, logits: Sequence[Tensor]) -> Tensor:
         """(U,) cross-entropy or mean squared error of each row that counts, fp32 (fp64 for fp64); differentiable."""
-        wide = [rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in self.rows.gathered(logits)]
-        if self._regression:
-            return (wide[0] - self._labels[0].to(wide[0].dtype)).square().mean(-1)
-        pairs = zip(wide, self._labels, strict=True)
-        return torch.cat([functional.cross_entropy(rows, labels, reduction="none") for rows, labels in pairs])
+        parts = zip(self._parts, self.rows.gathered(logits), self._targets, strict=True)
+        return torch.cat([row_losses(*part) for part in parts])
 
     def right(self, logits: Sequence[Tensor]) -> Tensor:
         """(U,) bool: rows whose largest logit is that of the label; every row of a regression."""
         gathered = self.rows.gathered(logits)
         if self._regression:
             return torch.ones(gathered[0].shape[0], dtype=torch.bool, device=gathered[0].device)
-        pairs = zip(gathered, self._labels, strict=True)
+        pairs = zip(gathered, self._targets, strict=True)
         return torch.cat([rows.argmax(-1) == labels for rows, labels in pairs])
-
-
-def _labels(part: Head, batch: Mapping[str, Any], logits: Tensor) -> Tensor:
-    """Class indices of each row, or the targets of a regression in the shape of its predictions."""
-    if part.name == "regression":
-        labels = batch.get("labels")
-        if not isinstance(labels, Tensor):
-            raise ValueError(f"batch: expected 'labels' (B,), got {', '.join(batch) or 'an empty batch'}")
-        if labels.shape != logits.shape and (logits.shape[1] != 1 or labels.shape != logits.shape[:1]):
-            raise ValueError(f"labels: expected shape {tuple(logits.shape)}, got {tuple(labels.shape)}")
-        return labels.reshape(logits.shape)
-    labels = part.labels(batch)
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(f"labels: expected shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
-    return labels

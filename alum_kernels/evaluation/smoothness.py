@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alum_kernels.adversarial.heads import HEADS, POSITIONS
-from alum_kernels.evaluation.attack import DECREASING, SAMPLE_LEVELS, Attack, Radius, Subject, check_count
+from alum_kernels.adversarial.heads import POSITIONS
+from alum_kernels.evaluation.attack import Attack, Subject, attacking
 from alum_kernels.evaluation.scoring import Rows
-from alum_kernels.ops.checks import check_choice
+from alum_kernels.evaluation.search import Radius, Search
+from alum_kernels.ops.checks import check_choice, check_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,18 +36,22 @@ class SmoothnessReport:
 
     @property
     def random_mean(self) -> float:
+        """Mean over the samples of the divergence at a random perturbation."""
         return self.random[self.counted].mean().item()
 
     @property
     def random_median(self) -> float:
+        """Its median over the samples."""
         return self.random[self.counted].quantile(0.5).item()
 
     @property
     def ascended_mean(self) -> float:
+        """Mean over the samples of the largest divergence that was found."""
         return self.ascended[self.counted].mean().item()
 
     @property
     def ascended_median(self) -> float:
+        """Its median over the samples."""
         return self.ascended[self.counted].quantile(0.5).item()
 
     @property
@@ -67,15 +72,15 @@ def local_smoothness(
     *,
     epsilon: Radius,
     steps: int = 10,
-    step_size: float | None = None,
-    norm: str = "l2",
-    level: str = "sequence",
-    draws: int = 1,
+    step_size: float | None = Search.step_size,
+    norm: str = Search.norm,
+    level: str = Search.level,
+    draws: int = Search.restarts,
     positions: str = "labelled",
-    seed: int = 0,
-    modules: Sequence[str] = (),
-    head: str | None = None,
-    backend: str | None = None,
+    seed: int = Search.seed,
+    modules: Sequence[str] = Search.modules,
+    head: str | None = Search.head,
+    backend: str | None = Search.backend,
 ) -> SmoothnessReport:
     """Divergence between clean and perturbed predictions, at random and at ascended perturbations.
 
@@ -122,30 +127,16 @@ def local_smoothness(
     """
     check_count("draws", draws, 1)
     check_choice("positions", positions, POSITIONS)
-    attack = Attack(
-        model,
-        heads=HEADS,
-        levels=SAMPLE_LEVELS,
-        schedule=DECREASING,
-        norm=norm,
-        level=level,
-        steps=steps,
-        step_size=step_size,
-        restarts=draws,
-        seed=seed,
-        modules=modules,
-        head=head,
-        backend=backend,
-    )
-    with attack:
-        measured = [_of_batch(attack, subject, positions) for subject in attack.subjects(batches, epsilon)]
+    search = Search(steps, step_size, norm, level, draws, seed, modules, head, backend)
+    with attacking(model, search) as attack:
+        measured = [_of_batch(attack, *subject, positions) for subject in attack.subjects(batches, epsilon)]
     report = SmoothnessReport(*(torch.cat(column) for column in zip(*measured, strict=True)))
     if not bool(report.counted.any()):
         raise ValueError("batches: expected at least one row to compare, got none")
     return report
 
 
-def _of_batch(attack: Attack, subject: Subject, positions: str) -> tuple[Tensor, ...]:
+def _of_batch(attack: Attack, subject: Subject, epsilon: float | Tensor, positions: str) -> tuple[Tensor, ...]:
     """The report's columns for one batch."""
     rows = Rows(attack.head, _compared(attack, subject, positions))
     clean = rows.gathered(subject.logits)
@@ -162,7 +153,7 @@ def _of_batch(attack: Attack, subject: Subject, positions: str) -> tuple[Tensor,
                         gradient="detach_clean",
                         temperature=1.0,
                         reduction="none",
-                        backend=attack.backend,
+                        backend=attack.search.backend,
                     )
                     for part, adv, reference in zip(attack.head.parts, rows.gathered(logits), clean, strict=True)
                 ]
@@ -171,11 +162,11 @@ def _of_batch(attack: Attack, subject: Subject, positions: str) -> tuple[Tensor,
 
     random = torch.zeros(subject.samples, dtype=torch.float64, device=subject.logits[0].device)
     ascended = torch.zeros_like(random)
-    for draw in range(attack.restarts):
-        points = subject.climb(divergence, draw, subject.random_point(draw))
+    for draw in range(attack.search.restarts):
+        points = subject.climb(divergence, epsilon, subject.random_point(epsilon, draw))
         for number, point in enumerate(points):
             if number == 0:
-                random += point.values / attack.restarts
+                random += point.values / attack.search.restarts
             ascended = torch.fmax(ascended, point.values.double())
     return random.cpu(), ascended.cpu(), rows.counted.cpu()
 

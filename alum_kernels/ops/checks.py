@@ -68,6 +68,15 @@ def check_magnitude(name: str, value: float, expected: str = "a number") -> floa
     return float(value)
 
 
+def check_count(name: str, value: int, least: int = 0) -> int:
+    """An int that is at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected a number >= {least}, got {value}")
+    return value
+
+
 def per_token(name: str, value: float | Tensor, embeds: Tensor) -> tuple[Tensor | None, float]:
     """A magnitude as the kernels take it: (None, float) or ((B, S) fp32 view, 0.0) of a 0-d, (B,) or (B, S) tensor.
 

@@ -1,0 +1,67 @@
+"""What one row of a head's predictions loses against its target, and how the parts of a head weigh.
+
+classes        cross-entropy of the row's class
+regression     squared error, the mean over the predicted numbers
+
+A row is a sample, or a position of a head that predicts at each position.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from alum_kernels.adversarial.heads import Head
+from alum_kernels.adversarial.labels import IGNORED_LABEL
+
+
+def part_weight(head: Head) -> float:
+    """Of each part in a sample's loss, as in the models' own: 1/2 for both ends of an answer, else 1."""
+    return 1 / len(head.parts) if head.name == "question_answering" else 1.0
+
+
+def targets_of(part: Head, batch: Mapping[str, Any]) -> Tensor:
+    """What one part of a head should predict: class indices (B,) or (B, S), or the numbers of a regression.
+
+    Raises:
+        ValueError: the batch lacks the part's labels.
+    """
+    if part.name != "regression":
+        return part.labels(batch)
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        listed = ", ".join(batch) or "an empty batch"
+        raise ValueError(f"batch: expected 'labels' (B,) for a {part.name} head, got {listed}")
+    return labels
+
+
+def fitted(part: Head, targets: Tensor, logits: Tensor) -> Tensor:
+    """The targets, one a row of the logits; of a regression (B, V) as predicted, also where (B,) numbers came.
+
+    Raises:
+        ValueError: they do not fit each other.
+    """
+    regression = part.name == "regression"
+    rows = logits.shape if regression else logits.shape[:-1]
+    column = regression and logits.shape[1] == 1 and targets.shape == logits.shape[:1]
+    if targets.shape != rows and not column:
+        raise ValueError(f"labels: expected shape {tuple(rows)} as the logits, got {tuple(targets.shape)}")
+    return targets.reshape(rows)
+
+
+def row_losses(part: Head, logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each row, fp32 (fp64 for fp64), 0 where no label counts; differentiable twice.
+
+    Args:
+        part: one part of a head.
+        logits: (..., V) predictions.
+        targets: as :func:`fitted` returns them: (...) class indices, or the (..., V) numbers of a regression.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if part.name == "regression":
+        return (wide - targets.to(wide.dtype)).square().mean(-1)
+    return functional.cross_entropy(
+        wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
+    ).view_as(targets)
