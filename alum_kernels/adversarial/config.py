@@ -9,7 +9,7 @@ from typing import Any
 from alum_kernels.adversarial.heads import POSITIONS
 from alum_kernels.adversarial.presets import PRESETS, Presets
 from alum_kernels.adversarial.schedule import Points, check_points, check_start
-from alum_kernels.ops.checks import DISTRIBUTIONS, check_choice, check_magnitude
+from alum_kernels.ops.checks import DISTRIBUTIONS, check_choice, check_count, check_magnitude
 from alum_kernels.ops.dispatch import BACKENDS
 from alum_kernels.ops.projected_ascent import LEVELS, NORMALIZE, NORMS
 from alum_kernels.ops.symmetric_kl import DIVERGENCES, GRADIENTS
@@ -204,11 +204,7 @@ class AdversarialConfig(Presets):
         if self.temperature == 0:
             raise ValueError("temperature: expected a number > 0, got 0")
         for name in _COUNTS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-            if value < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+            check_count(name, getattr(self, name))
         if self.fused_head is not None and not isinstance(self.fused_head, bool):
             raise TypeError(f"fused_head: expected True, False or None, got {self.fused_head!r}")
         for name in ("detach_embeddings", "telemetry"):
@@ -220,8 +216,7 @@ class AdversarialConfig(Presets):
             object.__setattr__(self, name, check_points(name, getattr(self, name)))
         check_start("start", self.start)
         self._check_momentum()
-        if self.proximal_interval == 0:
-            raise ValueError("proximal_interval: expected a number >= 1, got 0")
+        check_count("proximal_interval", self.proximal_interval, least=1)
         self._check_combination()
 
     def _check_members(self, name: str, kind: type, what: str) -> None:
