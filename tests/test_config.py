@@ -223,6 +223,7 @@ ON_THE_WAY = {"alpha": 0, "clean_weight": 0, "adversarial_weight": 1, "ascent": 
         ({**ON_THE_WAY, "inner_steps": 2}, "inner_steps: expected 0 unless backward is 'accumulate'"),
         ({"first_layer": "encoder"}, "first_layer: expected None without inner_steps"),
         ({**ON_THE_WAY, "signal_check_interval": 3}, "signal_check_interval: expected 0 where alpha is 0"),
+        ({"dropout": "independent", "signal_check_interval": 3}, "signal_check_interval: expected 0 with dropout"),
         ({"modules": ("a",), "site": "embedding_norm"}, r"modules: expected \(\) with a site"),
         ({**ON_THE_WAY, "alpha_schedule": ((0.0, 1.0),)}, r"alpha_schedule: expected \(\) where alpha"),
         ({"modules": ("a",), "side": "both"}, r"modules: expected \(\) with a site"),

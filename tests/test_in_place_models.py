@@ -57,6 +57,54 @@ def test_a_model_may_change_its_embeddings_in_place():
         torch.testing.assert_close(changed, plain)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("method", ["freelb", "fgm", "yopo", "freeat", "pgd"])
+def test_methods_that_train_on_the_way_see_a_change_in_place(method, frozen):
+    config = getattr(AdversarialConfig, method)(modules=("embed",), std=0.05, step_size=0.1, epsilon=0.1)
+    config = config.replace(first_layer="inner") if method == "yopo" else config
+    gradients = []
+    for in_place in (False, True):
+        model = Classifier(in_place)
+        model.embed.requires_grad_(not frozen)
+        model.positions.requires_grad_(not frozen)
+        options = {"update": lambda: None} if method == "freeat" else {}
+        objective(model, config).backward(batch(), **options)
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    for plain, changed in zip(*gradients, strict=True):
+        assert plain.abs().sum() > 0
+        torch.testing.assert_close(changed, plain)
+
+
+class Recomputed(nn.Module):
+    """Embeddings, and a body with dropout that is recomputed in the backward, or not."""
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out, self.drop = nn.Embedding(20, 8), nn.Linear(8, 3), nn.Dropout(0.5)
+        self.checkpointed = checkpointed
+
+    def forward(self, input_ids):
+        def body(x):
+            return self.out(self.drop(x.tanh()).mean(1))
+
+        embeds = self.embed(input_ids)
+        return checkpoint(body, embeds, use_reentrant=False) if self.checkpointed else body(embeds)
+
+
+@pytest.mark.parametrize("method", ["alum_finetuning", "neftune", "freelb"])
+def test_dropout_that_is_off_is_off_in_what_a_backward_recomputes(method):
+    config = getattr(AdversarialConfig, method)(dropout="off", modules=("embed",))
+    gradients = []
+    for checkpointed in (False, True):
+        model = Recomputed(checkpointed).train()
+        objective(model, config).backward(batch())
+        assert all(module.training for module in model.modules())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
 def test_an_attack_may_be_changed_in_place():
     reports = [
         accuracy_under_attack(Classifier(in_place), [batch()], epsilon=0.1, modules=("embed",), head="classification")

@@ -240,6 +240,40 @@ def test_following_is_asked_for_and_needs_a_weight():
         AdversarialObjective(model, PLAIN.replace(proximal=0.0, alpha=1.0)).follow(optimizer)
 
 
+def test_following_again_begins_anew_and_leaves_nothing_behind():
+    model = tiny_models.bert().double()
+    objective = AdversarialObjective(model, PLAIN)
+    batch = tiny_models.classification_batch()
+    first = torch.optim.SGD(model.parameters(), lr=0.5)
+    objective.follow(first)
+    for _ in range(2):
+        objective(**batch).loss.backward()
+        first.step()
+    objective.load_state_dict(objective.state_dict())
+    second = torch.optim.SGD(model.parameters(), lr=0.5)
+    objective.follow(second)
+    assert not first._optimizer_step_post_hooks
+    assert objective(**batch).proximal == 0
+    for _ in range(3):
+        objective.follow(second)
+    assert len(second._optimizer_step_post_hooks) == 1
+    objective.remove_hooks()
+    assert not second._optimizer_step_post_hooks
+
+
+def test_a_parameter_that_is_trained_later_has_a_teacher_from_then_on():
+    model = tiny_models.bert().double()
+    model.classifier.requires_grad_(False)
+    objective = AdversarialObjective(model, PLAIN)
+    batch, optimizer = tiny_models.classification_batch(), torch.optim.SGD(model.parameters(), lr=0.5)
+    objective.follow(optimizer)
+    model.classifier.requires_grad_(True)
+    assert objective(**batch).proximal == 0
+    with torch.no_grad():
+        model.classifier.weight[0].add_(1.0)
+    assert objective(**batch).proximal > 0
+
+
 def test_a_step_that_is_not_taken_leaves_the_teacher():
     """As a gradient scaler that found an overflow."""
     model, batch = model_and_batch()

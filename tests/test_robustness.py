@@ -212,6 +212,13 @@ def test_bad_arguments_are_named(options, error, message):
         accuracy_under_attack(tiny_models.bert(), [tiny_models.classification_batch()], **options)
 
 
+def test_a_caller_may_be_without_gradients():
+    model, batch = tiny_models.bert(), tiny_models.classification_batch()
+    expected = accuracy_under_attack(model, [batch], epsilon=0.1)
+    with torch.no_grad():
+        assert accuracy_under_attack(model, [batch], epsilon=0.1) == expected
+
+
 def test_bad_batches_are_named():
     model, batch = tiny_models.bert(), tiny_models.classification_batch()
     with pytest.raises(ValueError, match=r"^batches: expected at least one sample"):

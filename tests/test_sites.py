@@ -28,6 +28,12 @@ def test_a_mask_of_pairs_keeps_what_attends_to_itself():
         assert torch.equal(ENCODER.valid_positions({"attention_mask": given}, EMBEDS), MASK != 0)
 
 
+def test_a_mask_for_each_kind_of_layer_counts_by_its_first():
+    pairs = torch.tril(torch.ones(3, 3, dtype=torch.bool)) & (MASK != 0)[:, None, None, :]
+    batch = {"input_ids": MASK, "attention_mask": {"full_attention": pairs, "sliding_attention": pairs}}
+    assert torch.equal(ENCODER.valid_positions(batch, EMBEDS), MASK != 0)
+
+
 def test_choices_are_rows():
     batch = {"input_ids": torch.zeros(1, 2, 3, dtype=torch.long), "attention_mask": MASK[None]}
     assert choices_of(batch) == 2

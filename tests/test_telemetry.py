@@ -75,6 +75,16 @@ def test_reading_averages_over_the_steps_since_the_last():
     assert objective.telemetry.read()["divergence"] == pytest.approx(alone, rel=1e-6)
 
 
+def test_steps_without_an_adversary_do_not_dilute_its_figures():
+    model = tiny_models.bert()
+    config = AdversarialConfig(normalize="linf", std=1e-2, epsilon=1e-2, step_size=1e-2, start=2, proximal=1.0)
+    objective = AdversarialObjective(model, config)
+    objective.follow(torch.optim.SGD(model.parameters(), lr=0.1))
+    divergences = [objective(**tiny_models.classification_batch()).divergence.item() for _ in range(4)]
+    assert divergences[:2] == [0, 0]
+    assert objective.telemetry.read()["divergence"] == pytest.approx(sum(divergences) / 2, rel=1e-6)
+
+
 def test_sums_become_ratios():
     telemetry = Telemetry()
     for start, end in ((1.0, 3.0), (2.0, 9.0)):
@@ -83,7 +93,6 @@ def test_sums_become_ratios():
                 name: torch.tensor(value)
                 for name, value in {
                     "divergence": 0.5,
-                    "steps": 1.0,
                     "start": start,
                     "end": end,
                     "elements": 8.0,

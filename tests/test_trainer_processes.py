@@ -8,7 +8,17 @@ from pathlib import Path
 
 import tiny_models
 import torch
-from tiny_trainer import CLASSIFICATION, IN_PARALLEL, LINEAR, MASKED_LM, MOVED, ON_THE_WAY, trainer_of
+from tiny_trainer import (
+    CLASSIFICATION,
+    IN_PARALLEL,
+    LINEAR,
+    MASKED_LM,
+    MOVED,
+    NORMALISED,
+    ON_THE_WAY,
+    model_and_batch,
+    trainer_of,
+)
 from torch import nn
 
 from alum_kernels import AdversarialObjective
@@ -37,6 +47,7 @@ for task, model, samples, config, average in (
     ("classification", t.tiny_models.bert, t.CLASSIFICATION, t.MOVED, True),
     ("classification", t.tiny_models.bert, t.CLASSIFICATION, t.MOVED, False),
     ("freelb", t.tiny_models.bert, t.CLASSIFICATION, t.ON_THE_WAY, True),
+    ("sift", t.tiny_models.bert, t.CLASSIFICATION, t.NORMALISED, True),
     ("llr", t.tiny_models.bert, t.CLASSIFICATION, t.LINEAR, True),
     ("masked_lm", t.tiny_models.bert_masked_lm, t.MASKED_LM, t.MOVED, True),
 ):
@@ -64,6 +75,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     for task, model, samples, config in (
         ("classification", tiny_models.bert, CLASSIFICATION, MOVED),
         ("freelb", tiny_models.bert, CLASSIFICATION, ON_THE_WAY),
+        ("sift", tiny_models.bert, CLASSIFICATION, NORMALISED),
         ("llr", tiny_models.bert, CLASSIFICATION, LINEAR),
         ("masked_lm", tiny_models.bert_masked_lm, MASKED_LM, MOVED),
     ):
@@ -86,7 +98,14 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
-    ran = (("classification", True), ("classification", False), ("freelb", True), ("llr", True), ("masked_lm", True))
+    ran = (
+        ("classification", True),
+        ("classification", False),
+        ("freelb", True),
+        ("sift", True),
+        ("llr", True),
+        ("masked_lm", True),
+    )
     for task, average in ran:
         gradient = torch.load(tmp_path / f"{task}-{average}.pt")
         torch.testing.assert_close(gradient, expected[task], rtol=1e-8, atol=1e-12)
@@ -102,11 +121,11 @@ import tiny_trainer as t
 from alum_kernels import AdversarialObjective
 rank = int(sys.argv[1])
 torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size=2)
-batch = tiny_models.classification_batch(8)
-own = {{name: values[4 * rank : 4 * rank + 4] for name, values in batch.items()}}
-for name, config in t.IN_PARALLEL.items():
+for name, (task, config) in t.IN_PARALLEL.items():
     for static in (False, True):
-        model = torch.nn.parallel.DistributedDataParallel(tiny_models.bert().double(), static_graph=static)
+        inner, batch = t.model_and_batch(task)
+        own = {{name: values[4 * rank : 4 * rank + 4] for name, values in batch.items()}}
+        model = torch.nn.parallel.DistributedDataParallel(inner, static_graph=static)
         objective = AdversarialObjective(model, config)
         for _ in range(2):  # a static graph is recorded in the first step
             model.zero_grad()
@@ -137,10 +156,9 @@ def test_both_kinds_of_parallel_graph_give_the_gradient_of_one_process(tmp_path)
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
-    for name, config in IN_PARALLEL.items():
-        model = tiny_models.bert().double()
+    for name, (task, config) in IN_PARALLEL.items():
+        model, batch = model_and_batch(task)
         objective = AdversarialObjective(model, config)
-        batch = tiny_models.classification_batch(8)
         objective.forward(batch, seed=torch.tensor([3]), backward=torch.Tensor.backward).loss.backward()
         expected = tiny_models.Gradients.of(model).flat()
         for static in (False, True):

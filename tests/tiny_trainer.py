@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import tiny_models
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
@@ -12,12 +13,24 @@ from alum_kernels.integrations.transformers import AdversarialTrainer
 ON_THE_WAY = AdversarialConfig.freelb(std=0.1, step_size=0.2, epsilon=0.3)
 LINEAR = AdversarialConfig.llr()
 MOVED = AdversarialConfig(alpha=5.0, std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf", steps=2)
+NORMALISED = AdversarialConfig.sift(step_size=0.1)
 IN_PARALLEL = {
-    "smart": MOVED,
-    "pgd": AdversarialConfig.pgd(std=0.1, step_size=0.2, epsilon=0.3),
-    "llr": AdversarialConfig.llr(),
-    "freelb": ON_THE_WAY,
+    "smart": ("classification", MOVED),
+    "pgd": ("classification", AdversarialConfig.pgd(std=0.1, step_size=0.2, epsilon=0.3)),
+    "llr": ("classification", AdversarialConfig.llr()),
+    "freelb": ("classification", ON_THE_WAY),
+    "masked_lm": ("masked_lm", MOVED),
 }
+"""Methods under ``DistributedDataParallel``, each on one task."""
+
+
+def model_and_batch(task: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model in float64 and eight samples with as many labels in each half."""
+    if task == "classification":
+        return tiny_models.bert().double(), tiny_models.classification_batch(8)
+    batch = tiny_models.masked_lm_batch(8)
+    batch["labels"] = torch.where(torch.arange(7) < 2, batch["input_ids"], -100)
+    return tiny_models.bert_masked_lm().double(), batch
 
 
 def samples_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:

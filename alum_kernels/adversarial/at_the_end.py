@@ -32,14 +32,16 @@ def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult
 
     if step.weights.perturbs and config.steps > 0:
         start = _ascend_divergence(step, task) if climbs_divergence else _ascend_task(step)
+    # one forward a backward is the wrapper's: the clean pass, where there is one
+    model = step.model if task is None else step.inner
     perturb = partial(step.perturbation.perturb, telemetry=config.telemetry, keep_delta=step.check_signal)
     if step.weights.adversarial > 0:
-        final = step.run_task(step.model, perturb)
+        final = step.run_task(model, perturb)
         adv, adversarial_loss = final.predictions, final.loss
         parts.append(step.weights.adversarial * final.loss)
         task = final if task is None else task
     elif step.weights.divergence > 0:
-        adv = step.predict(step.model, perturb)
+        adv = step.predict(model, perturb)
     if step.weights.divergence > 0:
         means = mean_divergences(adv, task.predictions, config)
         divergence = means.sum()
@@ -54,7 +56,7 @@ def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult
             figures["divergence"] = divergence
         if proximity is not None:
             figures["proximal"] = proximity
-        step.telemetry.add(steps=torch.ones_like(task.loss), **figures)
+        step.telemetry.add(**figures)
     if step.check_signal and step.weights.divergence > 0:
         _check_signal(step, adv, task.predictions)
     return StepResult(

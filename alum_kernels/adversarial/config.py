@@ -119,7 +119,7 @@ class AdversarialConfig(Presets):
             the K + 1 passes of the ascent, with 1/(K + 1) of its weight; ``"replay"`` each of them, with an update of
             the parameters after each. The latter two train on the task's loss at e + delta alone.
         dropout: ``"shared"`` uses the same masks in every pass of a step, ``"independent"`` draws new ones, ``"off"``
-            runs every pass of the step without dropout.
+            runs every pass of the step in evaluation mode (in which Hugging Face layers are not checkpointed).
         fused_head: True demands that a language model is trained without its logits, on its hidden states, and raises
             where it cannot be; False forms the logits; None forms them only where it must, and warns why.
         backend: of the ops; None picks the fastest that can serve.
@@ -280,6 +280,11 @@ class AdversarialConfig(Presets):
         if self.signal_check_interval and not (self.alpha or linearises):
             raise ValueError(
                 "signal_check_interval: expected 0 where alpha is 0 and ascent not 'linearity': none is checked"
+            )
+        if self.signal_check_interval and self.dropout == "independent":
+            raise ValueError(
+                "signal_check_interval: expected 0 with dropout='independent', whose masks differ between J(delta) and "
+                "J(delta / 2)"
             )
         if self.alpha_schedule and not (self.alpha or linearises):
             raise ValueError("alpha_schedule: expected () where alpha and the weights of linearity are 0")

@@ -9,7 +9,7 @@ from torch import nn
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.linear_head import LinearHead, find_linear_head
-from alum_kernels.adversarial.model_state import unwrap
+from alum_kernels.adversarial.model_state import has_static_graph, unwrap
 from alum_kernels.adversarial.passes import one_sample, refusal
 from alum_kernels.ops.linear_arguments import LINEAR_DIVERGENCES
 
@@ -37,11 +37,15 @@ class FusedHead:
         self._verified = False
         self.linear = self._find(config, own_loss)
 
-    def of_batch(self, batch: Mapping[str, Any], own_loss: bool) -> LinearHead | None:
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any], own_loss: bool) -> LinearHead | None:
         """The linear head, if this batch can go through it; the first one with a label decides for all."""
         if self.linear is None:
             return None
-        if not own_loss:
+        if has_static_graph(model):
+            self.linear = self._refuse(
+                "a static graph of DistributedDataParallel counts on the loss of its own outputs"
+            )
+        elif not own_loss:
             self.linear = self._refuse(OTHER_LOSS)
         elif not self._verified and (sample := one_sample(self._head, batch)) is not None:
             reason = refusal(self._model, self._head, sample, self.linear)

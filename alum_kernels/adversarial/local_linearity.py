@@ -97,7 +97,7 @@ def _train(step: Step, proximal: BregmanProximal | None) -> StepResult:
         parts.append(weights.linearity * gamma + weights.linearity_gradient * slope)
     if config.telemetry:
         distance = {} if proximity is None else {"proximal": proximity}
-        step.telemetry.add(steps=torch.ones_like(task.loss), **distance)
+        step.telemetry.add(**distance)
     return StepResult(
         loss=sum(parts[1:], parts[0]),
         task_loss=task.loss,

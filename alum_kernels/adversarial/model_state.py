@@ -4,12 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import Variable
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside ``DistributedDataParallel``; any other module as it is."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def has_static_graph(model: nn.Module) -> bool:
+    """Whether a model is in a ``DistributedDataParallel`` that takes every step for the same as the first."""
+    return isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -33,6 +39,17 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def dropout_off_in_backward(model: nn.Module, loss: Tensor) -> None:
+    """Every submodule in evaluation mode in the backward of ``loss`` too, which recomputes checkpointed segments."""
+
+    def enter(grad: Tensor) -> None:
+        off = dropout_off(model)
+        off.__enter__()
+        Variable._execution_engine.queue_callback(lambda: off.__exit__(None, None, None))
+
+    loss.register_hook(enter)
 
 
 class RandomState:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from alum_kernels.adversarial.at_the_end import train_at_the_end
 from alum_kernels.adversarial.config import AdversarialConfig
@@ -20,7 +21,14 @@ from alum_kernels.adversarial.heads import Head, detect_head
 from alum_kernels.adversarial.hooks import PerturbationHooks
 from alum_kernels.adversarial.linear_head import LinearHead
 from alum_kernels.adversarial.local_linearity import check_second_derivatives, train_local_linearity
-from alum_kernels.adversarial.model_state import RandomState, device_of, dropout_off, unwrap
+from alum_kernels.adversarial.model_state import (
+    RandomState,
+    device_of,
+    dropout_off,
+    dropout_off_in_backward,
+    has_static_graph,
+    unwrap,
+)
 from alum_kernels.adversarial.on_the_way import train_on_the_way
 from alum_kernels.adversarial.output import AdversarialOutput
 from alum_kernels.adversarial.passes import LinearPasses, LogitPasses, Passes, loss_of, without_labels
@@ -31,6 +39,7 @@ from alum_kernels.adversarial.schedule import Progress
 from alum_kernels.adversarial.sites import perturbed_sites
 from alum_kernels.adversarial.step import Step, StepResult, TaskPass, Weights
 from alum_kernels.adversarial.telemetry import Telemetry
+from alum_kernels.ops.checks import check_count
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 RunTask = Callable[[nn.Module], tuple[Tensor, Any]]
@@ -105,6 +114,7 @@ class AdversarialObjective:
         self._progress: Progress | None = None
         self._proximal: BregmanProximal | None = None
         self._proximal_state: Mapping[str, Any] | None = None
+        self._following: RemovableHandle | None = None
         self._fused = FusedHead(model, self.head, config, own_loss=loss is None)
 
     @property
@@ -183,7 +193,7 @@ class AdversarialObjective:
             self._refuse_other_losses("run_task")
         inputs = self._inputs(batch)
         with dropout_off(self.model) if config.dropout == "off" else nullcontext():
-            linear = self._fused.of_batch(batch, own_loss)
+            linear = self._fused.of_batch(self.model, batch, own_loss)
             if linear is not None:
                 passes = LinearPasses(self.head, batch, config.positions, linear)
             else:
@@ -197,6 +207,8 @@ class AdversarialObjective:
 
             draw = (seed, sample_offset, delta)
             result = self._run_step(batch, inputs, passes, task, draw, backward, update)
+        if config.dropout == "off" and result.loss.requires_grad:
+            dropout_off_in_backward(self.model, result.loss)
         return AdversarialOutput.of(result)
 
     def _check_call(self, backward: Backward | None, update: Callable[[], None] | None) -> None:
@@ -210,8 +222,7 @@ class AdversarialObjective:
                 "an optimizer step between the replays" if update is None else "None: only 'replay' methods take one"
             )
             raise ValueError(f"update: expected {wanted}, got {'None' if update is None else 'one'}")
-        parallel = isinstance(self.model, nn.parallel.DistributedDataParallel)
-        if config.backward != "final" and parallel and self.model.static_graph:
+        if config.backward != "final" and has_static_graph(self.model):
             raise ValueError(
                 f"model: expected DistributedDataParallel without static_graph for {config.method}, whose steps have "
                 "several backwards"
@@ -267,6 +278,9 @@ class AdversarialObjective:
             step: optimizer steps made so far. Until this is called, each forward counts as one.
             total: optimizer steps of the whole training; needed where a schedule speaks of shares of it.
         """
+        check_count("step", step)
+        if total is not None:
+            check_count("total", total)
         self._progress = Progress(step, total)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
@@ -283,8 +297,10 @@ class AdversarialObjective:
         if self._proximal_state is not None:
             proximal.load_state_dict(self._proximal_state)
             self._proximal_state = None
+        if self._following is not None:
+            self._following.remove()
         self._proximal = proximal
-        optimizer.register_step_post_hook(lambda *_: proximal.step())
+        self._following = optimizer.register_step_post_hook(lambda *_: proximal.step())
 
     def _momentum(self) -> float:
         momentum = self.config.proximal_momentum
@@ -331,12 +347,15 @@ class AdversarialObjective:
         self._proximal_state = state.get("proximal")
         if self._proximal is not None and self._proximal_state is not None:
             self._proximal.load_state_dict(self._proximal_state)
+            self._proximal_state = None
 
     def remove_hooks(self) -> None:
-        """Take the wrapper's hooks off the model; the objective cannot be used afterwards."""
+        """Take the wrapper's hooks off the model and the optimizer; the objective cannot be used afterwards."""
         self._hooks.remove()
         if self._first_layer is not None:
             self._first_layer.remove()
+        if self._following is not None:
+            self._following.remove()
 
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return without_labels(batch) if self.head is None else self.head.inputs(batch, self.model)

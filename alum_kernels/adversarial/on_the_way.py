@@ -56,7 +56,7 @@ def train_on_the_way(
     mean = torch.stack(losses).mean()
     if config.telemetry:
         increase = {"task_increase": losses[-1] - losses[0]} if config.steps else {}
-        step.telemetry.add(steps=torch.ones_like(mean), **increase, **perturbation.figures())
+        step.telemetry.add(**increase, **perturbation.figures())
     return StepResult(loss=loss, task_loss=mean, outputs=last.outputs, adversarial_loss=mean)
 
 
@@ -66,4 +66,4 @@ def _perturb_and_watch(step: Step, grads: dict[int, Tensor], index: int, output:
     if not perturbed.requires_grad:  # nothing before the site is trained
         perturbed.requires_grad_()
     perturbed.register_hook(partial(grads.__setitem__, index))
-    return perturbed
+    return perturbed.clone()  # a model may change what it gets in place

@@ -139,6 +139,8 @@ def one_sample(head: Head, batch: Mapping[str, Any]) -> dict[str, Any] | None:
     index = int(counts.argmax())
 
     def of_sample(value: Any) -> Any:
+        if isinstance(value, Mapping):  # masks, one a kind of layer
+            return {key: of_sample(part) for key, part in value.items()}
         return value[index : index + 1] if isinstance(value, Tensor) and value.shape[:1] == labels.shape[:1] else value
 
     return {key: of_sample(value) for key, value in batch.items() if key != "num_items_in_batch"}

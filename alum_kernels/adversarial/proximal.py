@@ -33,14 +33,19 @@ class BregmanProximal:
     def __init__(self, model: nn.Module, interval: int, momentum: Callable[[], float]) -> None:
         self._model, self._interval, self._momentum = model, interval, momentum
         self._steps = 0
-        self._teacher = {
-            name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-            for name, parameter in unwrap(model).named_parameters()
-            if parameter.requires_grad
-        }
+        self._teacher: dict[str, Tensor] = {}
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Parameters that are trained from here on begin as they are now."""
+        for name, parameter in unwrap(self._model).named_parameters():
+            if parameter.requires_grad and name not in self._teacher:
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                self._teacher[name] = parameter.detach().to(wide, copy=True)
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
         """What the model returns with the teacher's parameters."""
+        self._take_up()
         inner = unwrap(self._model)
         own = dict(inner.named_parameters())
         weights = {name: weight.to(own[name]) for name, weight in self._teacher.items()}

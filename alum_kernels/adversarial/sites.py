@@ -59,10 +59,10 @@ class Site:
 
     def _encoder_mask(self, batch: Mapping[str, Any], embeds: Tensor) -> Tensor | None:
         mask = batch.get("attention_mask")
+        if isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.dim() == 4):
+            mask = visible_positions(batch)
         if not isinstance(mask, Tensor):
             return None
-        if mask.dim() == 4:
-            mask = visible_positions(batch)
         return _of_shape("attention_mask", _as_rows(mask), embeds)
 
     def _decoder_mask(self, batch: Mapping[str, Any], embeds: Tensor) -> Tensor | None:

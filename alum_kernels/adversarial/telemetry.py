@@ -4,6 +4,7 @@ Steps add device tensors; only :meth:`Telemetry.read` brings them to the host.
 """
 
 import warnings
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()
         self._warned = False
 
     def add(self, **values: Tensor) -> None:
@@ -24,13 +26,15 @@ class Telemetry:
         for name, value in values.items():
             value = value.detach().to(torch.float32)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] += 1
 
     def read(self) -> dict[str, float]:
         """Averages since the last reading; waits for the device once, and starts anew.
 
         Returns:
-            ``divergence`` (mean over rows, per step), ``ascent_gain`` (divergence at the climbed perturbation over
-            that at the noise it started from), ``delta_rms`` (root mean square of an element of the perturbation),
+            ``divergence`` (mean over rows, per step that had one), ``ascent_gain`` (divergence at the climbed
+            perturbation over that at the noise it started from), ``delta_rms`` (root mean square of an element of the
+            perturbation),
             ``clipped`` and ``unrepresentable`` (shares of its elements that the projection changed, and that the dtype
             of the embeddings lost), ``non_finite`` (gradient elements, a step), ``signal_ratio`` where it was
             measured (0 where half the perturbation changes nothing), ``proximal`` (divergence from the teacher, per
@@ -43,21 +47,22 @@ class Telemetry:
             return {}
         names = sorted(self._sums)
         total = dict(zip(names, torch.stack([self._sums[name] for name in names]).tolist(), strict=True))
-        self._sums = {}
+        counts = self._counts
+        self._sums, self._counts = {}, Counter()
         figures = {}
         if "divergence" in total:
-            figures["divergence"] = total["divergence"] / total["steps"]
+            figures["divergence"] = total["divergence"] / counts["divergence"]
         if total.get("start", 0.0) > 0:
             figures["ascent_gain"] = total["end"] / total["start"]
         for name in ("proximal", "task_increase", "linearity"):
             if name in total:
-                figures[name] = total[name] / total["steps"]
+                figures[name] = total[name] / counts[name]
         if total.get("elements", 0.0) > 0:
             elements = total["elements"]
             figures["delta_rms"] = (total["delta_squared"] / elements) ** 0.5
             figures["clipped"] = total["clipped"] / elements
             figures["unrepresentable"] = total["unrepresentable"] / elements
-            figures["non_finite"] = total["non_finite"] / total["steps"]
+            figures["non_finite"] = total["non_finite"] / counts["non_finite"]
         if "signal_half" in total:
             half = total["signal_half"]
             figures["signal_ratio"] = total["signal_full"] / half if half != 0 else 0.0

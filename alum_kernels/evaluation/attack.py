@@ -260,7 +260,7 @@ class Subject:
     def _gradients(self, values: Tensor, leaves: list[Tensor], logits: list[Tensor]) -> list[Tensor]:
         """Of the sum, up to a factor: small gradients of fp16 passes are lifted from what fp16 rounds to zero."""
         scale = FP16_GRAD_SCALE if any(one.dtype == torch.float16 for one in logits) else 1.0
-        return list(torch.autograd.grad(values.sum() * scale, leaves))
+        return list(torch.autograd.grad(values, leaves, torch.full_like(values, scale)))
 
     def _noise(self, index: int, restart: int) -> dict[str, Any]:
         """Noise of one module and restart. A sample of several sequences takes as many places."""
