@@ -20,13 +20,16 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null),)
 export ALUM_CUDA ?= 0
 endif
 
-.PHONY: demo test lint bench gpu-check clean
+.PHONY: demo test test-all lint bench gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/pip install -q 'ruff>=0.12' 'clang-format>=20'

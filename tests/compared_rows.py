@@ -73,10 +73,10 @@ def divergence_rows(a: Tensor, b: Tensor, divergence: str, gradient: str = "full
 
 
 def sample_losses(task: str, outputs: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(B,) losses of the samples, means over what is labelled in each, and which samples have a label at all."""
+    """(B,) losses of the samples, means over what is labelled in each, and how many labels each has."""
     if task == "regression":
         losses = (outputs.logits.flatten() - batch["labels"]) ** 2
-        return losses, torch.ones_like(losses, dtype=torch.bool)
+        return losses, torch.ones_like(losses)
     if task == "spans":
         lengths = batch["attention_mask"].sum(1).tolist()
         sides = ((outputs.start_logits, batch["start_positions"]), (outputs.end_logits, batch["end_positions"]))
@@ -85,11 +85,11 @@ def sample_losses(task: str, outputs: Any, batch: dict[str, Tensor]) -> tuple[Te
         ]
         losses = torch.stack([torch.stack(side) for side in ends]).mean(0)
         inside = [(labels >= 0) & (labels < batch["attention_mask"].sum(1)) for _, labels in sides]
-        return losses, inside[0] | inside[1]
+        return losses, (inside[0] | inside[1]).double()
     logits = outputs if isinstance(outputs, Tensor) else outputs.logits
     labels = batch["labels"]
     if task in ("classification", "choice"):
-        return torch.stack([_surprise(*pair) for pair in zip(logits, labels, strict=True)]), labels >= 0
+        return torch.stack([_surprise(*pair) for pair in zip(logits, labels, strict=True)]), (labels >= 0).double()
     if task == "causal_lm":
         logits, labels = logits[:, :-1], labels[:, 1:]
     losses = []
@@ -97,7 +97,7 @@ def sample_losses(task: str, outputs: Any, batch: dict[str, Tensor]) -> tuple[Te
         places = (wanted != -100).nonzero().flatten().tolist()
         total = sum((_surprise(own[place], wanted[place]) for place in places), start=0 * own.sum())
         losses.append(total / max(len(places), 1))
-    return torch.stack(losses), (labels != -100).any(1)
+    return torch.stack(losses), (labels != -100).sum(1).double()
 
 
 def _surprise(logits: Tensor, label: Tensor) -> Tensor:

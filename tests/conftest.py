@@ -118,4 +118,7 @@ def cuda(tmp_path_factory: pytest.TempPathFactory):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    return compiled(compiler, tmp_path_factory.mktemp("cuda_emulation"))
+    session = tmp_path_factory.getbasetemp()
+    folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "cuda_emulation"
+    folder.mkdir(exist_ok=True)
+    return compiled(compiler, folder)

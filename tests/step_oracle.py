@@ -342,7 +342,7 @@ def _trained_to_be_linear(problem: Problem, config: AdversarialConfig, climb: Cl
         return sum((delta * slope).reshape(len(clean), -1).sum(1) for delta, slope in parts)
 
     here = [torch.zeros_like(delta).requires_grad_() for delta in climb.deltas]
-    task_loss, clean, labelled = losses(here)
+    task_loss, clean, labels = losses(here)
     slopes = torch.autograd.grad(clean.sum(), here, create_graph=True)
     fixed = [slope.detach() for slope in slopes]
     visited = [list(climb.deltas)]
@@ -354,7 +354,8 @@ def _trained_to_be_linear(problem: Problem, config: AdversarialConfig, climb: Cl
     slope = along(climb.deltas, slopes)
     gamma = (losses(climb.deltas)[1] - clean - slope).abs()
     loss = config.clean_weight * task_loss
-    loss = loss + config.linearity * gamma[labelled].mean() + config.linearity_gradient * slope.abs()[labelled].mean()
+    terms = config.linearity * gamma + config.linearity_gradient * slope.abs()
+    loss = loss + (terms * labels).sum() / labels.sum()
     return Written(loss, task_loss, gradients=_gradients(problem.model, loss), deltas=visited)
 
 

@@ -537,7 +537,13 @@ def test_interrupted_runs_show_what_there_is(tiny_model, tmp_path):
     command = [sys.executable, "-u", "-m", "examples.glue", *map(str, (*given, "--output", output, *SIZES))]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     ) as running:
         lines = []
         for line in running.stdout:

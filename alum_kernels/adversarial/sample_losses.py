@@ -54,8 +54,7 @@ class SampleLosses:
         """
         if self._regression:
             return values.mean()
-        labels = self._labels[0]
-        counts = (labels != IGNORED_LABEL).view(labels.shape[0], -1).sum(1)
+        counts = torch.stack([(part != IGNORED_LABEL).view(part.shape[0], -1).sum(1) for part in self._labels]).amax(0)
         return torch.where(counts > 0, values * counts, 0).sum() / counts.sum().clamp(min=1)
 
 

@@ -151,8 +151,8 @@ class Step:
             retain_graph=create_graph,
             allow_unused=True,
         )
-        wide = torch.promote_types(losses.dtype, torch.float32)
-        return [grad.to(wide) / scale for grad in self.required(grads)]
+        wide = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in self.required(grads)]
+        return wide if scale == 1.0 else [grad / scale for grad in wide]
 
     def required(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """The gradients to the perturbed tensors; raises ValueError, naming the module, where there is none."""

@@ -6,6 +6,7 @@ own library (``log`` and ``log1p`` in double, once a row).
 
 import ctypes
 import dataclasses
+import fcntl
 import os
 import platform
 import subprocess
@@ -94,7 +95,7 @@ class Device:
 
 
 def compiled(compiler: str, folder: Path) -> "EmulatedCuda":
-    """The emulation as a shared object in ``folder``."""
+    """The emulation as a shared object in ``folder``; processes that share it compile it once."""
     # nvcc contracts a * b + c, and so must this; the alignment sanitizer stands for the fault that hardware raises
     flags = ["-std=c++17", "-O1", "-ffp-contract=fast", "-fno-strict-aliasing", "-fPIC", "-Wall", "-Wextra", "-Werror"]
     flags += ["-Wno-unknown-pragmas", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
@@ -110,10 +111,15 @@ def compiled(compiler: str, folder: Path) -> "EmulatedCuda":
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        objects = list(threads.map(build, SOURCES))
     library = folder / "cuda_kernels_on_host.so"
-    run([compiler, "-shared", "-Wl,--no-undefined", *objects, "-o", str(library)])
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                objects = list(threads.map(build, SOURCES))
+            linked = library.with_suffix(".linked")  # so that a broken link leaves no library behind
+            run([compiler, "-shared", "-Wl,--no-undefined", *objects, "-o", str(linked)])
+            linked.rename(library)
     return EmulatedCuda(ctypes.CDLL(str(library)))
 
 
