@@ -95,7 +95,7 @@ def _ascend_task(step: Step) -> Tensor:
 
         def replace(index: int, output: Tensor, leaves: dict[int, Tensor] = leaves) -> Tensor:
             if index not in leaves:
-                step.perturbation.record(index, output.detach().clone())
+                step.perturbation.record(index, output.detach())
                 leaves[index] = step.perturbation.leaf(index)
             return leaves[index].clone()
 

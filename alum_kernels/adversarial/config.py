@@ -294,11 +294,6 @@ class AdversarialConfig(Presets):
             )
 
     @property
-    def perturbs(self) -> bool:
-        """Whether a step has a perturbed pass."""
-        return self.alpha > 0 or self.adversarial_weight > 0 or self.climbs_linearity
-
-    @property
     def compares(self) -> bool:
         """Whether predictions are read, so that a head is needed."""
         compared = self.alpha > 0 or self.proximal > 0 or (self.adversarial_weight > 0 and self.climbs_divergence)

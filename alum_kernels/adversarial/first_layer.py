@@ -50,10 +50,8 @@ class FirstLayer:
 
         return self._run(forward, watch)
 
-    def gradient(
-        self, forward: Callable[[], Any], leaves: Callable[[], Sequence[Tensor]], upstream: Tensor
-    ) -> list[Tensor]:
-        """The gradient of ``upstream`` . (first layer's output) to ``leaves()``; ``forward`` runs no further than that.
+    def gradient(self, forward: Callable[[], Any], leaves: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+        """The gradient of ``upstream`` . (first layer's output) to the leaves; ``forward`` runs no further than that.
 
         Raises:
             ValueError: the pass ended without running the first layer, or the leaves do not reach it.
@@ -65,7 +63,7 @@ class FirstLayer:
         try:
             self._run(forward, stop)
         except _Reached as reached:
-            grads = torch.autograd.grad(reached.output, list(leaves()), grad_outputs=upstream, allow_unused=True)
+            grads = torch.autograd.grad(reached.output, list(leaves), grad_outputs=upstream, allow_unused=True)
             if any(grad is None for grad in grads):
                 raise ValueError(
                     f"first_layer: the output of {self.name} does not depend on the perturbation"

@@ -19,6 +19,7 @@ from alum_kernels.adversarial.first_layer import FirstLayer
 from alum_kernels.adversarial.fused_head import FusedHead
 from alum_kernels.adversarial.heads import Head, detect_head
 from alum_kernels.adversarial.hooks import PerturbationHooks
+from alum_kernels.adversarial.labels import without_labels
 from alum_kernels.adversarial.linear_head import LinearHead
 from alum_kernels.adversarial.local_linearity import check_second_derivatives, train_local_linearity
 from alum_kernels.adversarial.model_state import (
@@ -31,7 +32,7 @@ from alum_kernels.adversarial.model_state import (
 )
 from alum_kernels.adversarial.on_the_way import train_on_the_way
 from alum_kernels.adversarial.output import AdversarialOutput
-from alum_kernels.adversarial.passes import LinearPasses, LogitPasses, Passes, loss_of, without_labels
+from alum_kernels.adversarial.passes import LinearPasses, LogitPasses, Passes, loss_of
 from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
 from alum_kernels.adversarial.proximal import BregmanProximal
 from alum_kernels.adversarial.sample_losses import SampleLosses

@@ -8,15 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alum_kernels.adversarial.heads import Head
-from alum_kernels.adversarial.labels import IGNORED_LABEL, LABEL_KEYS
+from alum_kernels.adversarial.labels import IGNORED_LABEL
 from alum_kernels.adversarial.linear_head import Captured, LinearHead, losses_agree
 from alum_kernels.adversarial.model_state import dropout_off
 from alum_kernels.adversarial.predictions import Prediction
-
-
-def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch without its labels; ``Head.inputs`` also makes what a model would have made from them."""
-    return {key: value for key, value in batch.items() if key not in LABEL_KEYS}
 
 
 def loss_of(outputs: Any) -> Tensor | None:

@@ -18,16 +18,18 @@ SIZES = ("std", "step_size", "epsilon")
 
 
 class DeviceConstants:
-    """The config's magnitudes, times the factor of its schedule, as 0-d fp32 tensors, one a device.
+    """The config's magnitudes, times the factor of its schedule, and its excluded tokens, as tensors on each device.
 
-    A float would recompile per value under ``torch.compile`` and freeze in a captured CUDA graph; a new factor is
-    written into the tensors that exist.
+    A float would recompile per value under ``torch.compile`` and freeze in a captured CUDA graph, and a list would be
+    copied to the device in every step; a new factor is written into the tensors that exist.
     """
 
     def __init__(self, config: AdversarialConfig) -> None:
         self._values = {name: getattr(config, name) for name in SIZES}
+        self._excluded = config.excluded_tokens
         self._factor = 1.0
         self._tensors: dict[tuple[str, torch.device], Tensor] = {}
+        self._tokens: dict[torch.device, Tensor] = {}
 
     def scale(self, factor: float) -> None:
         """Multiply every magnitude by ``factor`` from here on."""
@@ -37,11 +39,20 @@ class DeviceConstants:
                 tensor.fill_(self._values[name] * factor)
 
     def __call__(self, name: str, device: torch.device) -> Tensor:
+        """A magnitude, 0-d fp32."""
         key = (name, device)
         if key not in self._tensors:
             value = self._values[name] * self._factor
             self._tensors[key] = torch.full((), value, dtype=torch.float32, device=device)
         return self._tensors[key]
+
+    def excluded_tokens(self, device: torch.device) -> Tensor | None:
+        """Token ids that stay as they are, int64; None if there are none."""
+        if not self._excluded:
+            return None
+        if device not in self._tokens:
+            self._tokens[device] = torch.tensor(self._excluded, device=device)
+        return self._tokens[device]
 
 
 class Perturbation:
@@ -72,9 +83,11 @@ class Perturbation:
         self._config = config
         self._seed, self._choices = seed, choices_of(batch)
         self._sample_offset = sample_offset * self._choices
-        self._sites = [_SitePerturbation(config, constants, site, batch, self._choices) for site in sites]
-        for own, delta in zip(self._sites, initial or (), strict=initial is not None):
-            own.initial = delta
+        starts = [None] * len(sites) if initial is None else initial
+        self._sites = [
+            _SitePerturbation(config, constants, site, batch, self._choices, start)
+            for site, start in zip(sites, starts, strict=True)
+        ]
         self._grads: Sequence[Tensor] | None = None
         self._final_deltas: list[Tensor | None] = [None] * len(sites)
         self._statistics: list[Tensor] = []
@@ -136,7 +149,7 @@ class Perturbation:
     def halved(self, index: int, output: Tensor) -> Tensor:
         """A site's tensor at half the final perturbation."""
         delta = self._final_deltas[index]
-        return (output.to(delta.dtype) + delta.view_as(output) / 2).to(output.dtype)
+        return _moved(output, delta / 2)
 
     def figures(self) -> dict[str, Tensor]:
         """Sums over sites, sequences and positions, for the telemetry; empty where nothing climbed."""
@@ -150,7 +163,7 @@ class Perturbation:
         """The tensor at the present point, which is the noise until something climbed."""
         own = self._sites[index]
         if own.delta is not None:
-            return (embeds.to(own.delta.dtype) + own.delta).to(embeds.dtype)
+            return _moved(embeds, own.delta)
         result = noise_init(
             embeds, seed=self._seed, std=own.noise_size(), mask=own.mask, return_delta=keep, **self._noise(index)
         )
@@ -171,7 +184,7 @@ class Perturbation:
             own.grouped(self._grads[index]),
             None if drawn else own.grouped(own.delta),
             seed=self._seed if drawn else None,
-            std=own.noise_size() if drawn and not replaces else torch.zeros((), device=embeds.device),
+            std=own.noise_size() if drawn and not replaces else 0.0,
             step_size=own.step_size() if last or not replaces else own.noise_length(),
             epsilon=own.radius(),
             norm=config.norm if last or not replaces else "none",
@@ -201,7 +214,13 @@ class _SitePerturbation:
     """One site: its clean tensor, which of its positions move and how far, and its perturbation so far."""
 
     def __init__(
-        self, config: AdversarialConfig, constants: DeviceConstants, site: Site, batch: Mapping[str, Any], choices: int
+        self,
+        config: AdversarialConfig,
+        constants: DeviceConstants,
+        site: Site,
+        batch: Mapping[str, Any],
+        choices: int,
+        initial: Tensor | None,
     ) -> None:
         self._config, self._constants, self._site, self._batch = config, constants, site, batch
         self._choices = choices if config.level == "sample" else 1
@@ -209,7 +228,8 @@ class _SitePerturbation:
         self.embeds: Tensor | None = None
         self.mask: Tensor | None = None
         self.delta: Tensor | None = None
-        self.initial: Tensor | None = None
+        self._initial = initial
+        self._elements: Tensor | None = None
         self._unit: Tensor | None = None
 
     @property
@@ -220,9 +240,10 @@ class _SitePerturbation:
     def record(self, embeds: Tensor) -> None:
         """Take the clean tensor."""
         self.embeds = embeds
-        self.mask = self._site.valid_positions(self._batch, embeds, self._config.excluded_tokens)
+        self.mask = self._site.valid_positions(self._batch, embeds, self._constants.excluded_tokens(embeds.device))
+        self._elements = None
         self._unit = None if self._config.units == "absolute" else self._size_of_elements()
-        self.delta = None if self.initial is None else self._masked(self.initial)
+        self.delta = None if self._initial is None else self._masked(self._initial)
 
     def grouped(self, tensor: Tensor) -> Tensor:
         """(B, C S, ...) of (B C, S, ...), where the rows of a sample are one group."""
@@ -241,13 +262,14 @@ class _SitePerturbation:
 
     def elements(self) -> Tensor:
         """How many elements of each group move: (B, S), (B,) or 0-d, fp32."""
-        grouped = self.grouped(self.embeds)
-        batch, length, hidden = grouped.shape
-        if self.mask is None:
-            valid = torch.ones(batch, length, device=grouped.device)
-        else:
-            valid = (self.grouped(self.mask) != 0).float()
-        return self._over_group(valid) * hidden
+        if self._elements is None:
+            grouped = self.grouped(self.embeds)
+            if self.mask is None:
+                valid = torch.ones(grouped.shape[:2], device=grouped.device)
+            else:
+                valid = (self.grouped(self.mask) != 0).float()
+            self._elements = self._over_group(valid) * grouped.shape[2]
+        return self._elements
 
     def noise_size(self) -> Tensor:
         """Size of an element of the noise, for the (B C, S, H) tensor."""
@@ -291,3 +313,8 @@ class _SitePerturbation:
     def _over_group(self, tokens: Tensor) -> Tensor:
         """Sum of (B, S) over each group."""
         return {"token": lambda: tokens, "sequence": lambda: tokens.sum(1), "batch": tokens.sum}[self.level]()
+
+
+def _moved(embeds: Tensor, delta: Tensor) -> Tensor:
+    """embeds + delta in the perturbation's precision, rounded once to that of the embeddings."""
+    return (embeds.to(delta.dtype) + delta).to(embeds.dtype)

@@ -54,16 +54,25 @@ class Prediction:
         return self.values.shape[:-1].numel() if self.mask is None else self.mask.sum()
 
 
-def mean_divergences(adv: Sequence[Prediction], clean: Sequence[Prediction], config: AdversarialConfig) -> Tensor:
-    """(heads,) divergence of each head, the mean over its compared rows; differentiable."""
+def mean_divergences(
+    adv: Sequence[Prediction], clean: Sequence[Prediction], config: AdversarialConfig, *, gradient: str | None = None
+) -> Tensor:
+    """(heads,) divergence of each head, the mean over its compared rows; differentiable, by the config's convention."""
     pairs = zip(adv, clean, strict=True)
-    return torch.stack([_reduced(a, c, config, config.divergence, "mean") for a, c in pairs])
+    return torch.stack([_reduced(a, c, config, config.divergence, "mean", gradient) for a, c in pairs])
 
 
-def _reduced(adv: Prediction, clean: Prediction, config: AdversarialConfig, divergence: str, reduction: str) -> Tensor:
+def _reduced(
+    adv: Prediction,
+    clean: Prediction,
+    config: AdversarialConfig,
+    divergence: str,
+    reduction: str,
+    gradient: str | None = None,
+) -> Tensor:
     options = {
         "reduction": reduction,
-        "gradient": config.gradient,
+        "gradient": config.gradient if gradient is None else gradient,
         "temperature": config.temperature,
         "backend": config.backend,
     }

@@ -121,14 +121,14 @@ class Step:
         self._restore()
         with torch.no_grad():
             teacher = self.passes.run(lambda: proximal.forward(self.inputs))
-        return mean_divergences(task.predictions, teacher, self.config.replace(gradient="detach_clean")).sum()
+        return mean_divergences(task.predictions, teacher, self.config, gradient="detach_clean").sum()
 
     def run_first_layer(self, first_layer: FirstLayer, upstream: Tensor) -> list[Tensor]:
         """Gradients of ``upstream`` . (first layer's output) to the perturbed tensors at the next point."""
         leaves = self.leaves()
         self._restore()
         with torch.enable_grad(), self.hooks.replacing(lambda index, output: leaves[index].clone()):
-            return first_layer.gradient(lambda: self.inner(**self.inputs), lambda: leaves, upstream)
+            return first_layer.gradient(lambda: self.inner(**self.inputs), leaves, upstream)
 
     def leaves(self) -> list[Tensor]:
         """The perturbed tensors at the next point, as leaves."""

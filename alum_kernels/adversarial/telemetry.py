@@ -34,14 +34,12 @@ class Telemetry:
         Returns:
             ``divergence`` (mean over rows, per step that had one), ``ascent_gain`` (divergence at the climbed
             perturbation over that at the noise it started from), ``delta_rms`` (root mean square of an element of the
-            perturbation),
-            ``clipped`` and ``unrepresentable`` (shares of its elements that the projection changed, and that the dtype
-            of the embeddings lost), ``non_finite`` (gradient elements, a step), ``signal_ratio`` where it was
-            measured (0 where half the perturbation changes nothing), ``proximal`` (divergence from the teacher, per
-            step), ``task_increase`` of methods that climb the task's loss (its mean at the last perturbation less that
-            at the first, a step), ``linearity`` of methods that climb the departure from it (mean gamma of
-            ``local_linearity.py`` at the last perturbation, a step; ``ascent_gain`` and ``signal_ratio`` are then
-            its).
+            perturbation), ``clipped`` and ``unrepresentable`` (shares of its elements that the projection changed, and
+            that the dtype of the embeddings lost), ``non_finite`` (gradient elements, a step), ``signal_ratio`` where
+            it was measured (0 where half the perturbation changes nothing), ``proximal`` (divergence from the teacher,
+            per step), ``task_increase`` of methods that climb the task's loss (its mean at the last perturbation less
+            that at the first, a step), ``linearity`` of methods that climb the departure from it (mean gamma of
+            ``local_linearity.py`` at the last perturbation, a step; ``ascent_gain`` and ``signal_ratio`` are its).
         """
         if not self._sums:
             return {}
