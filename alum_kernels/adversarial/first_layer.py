@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alum_kernels.adversarial.layers import layer_list
+
 
 class _Reached(Exception):  # noqa: N818 (control flow, no error)
     """Ends a forward pass at the first layer's output."""
@@ -31,7 +33,14 @@ class FirstLayer:
 
     def __init__(self, model: nn.Module, name: str | None = None, *, decoder: bool = False) -> None:
         modules = dict(model.named_modules(remove_duplicate=False))
-        name = _first_of_longest(model, modules, decoder) if name is None else name
+        if name is None:
+            layers = layer_list(model, decoder=decoder)
+            if layers is None:
+                raise ValueError(
+                    f"first_layer: {type(model).__name__} has no list of layers; name the module that ends its first "
+                    "layer"
+                )
+            name = f"{layers}.0"
         if name not in modules:
             raise ValueError(f"first_layer: {type(model).__name__} has no module named {name!r}")
         self.name = name
@@ -84,20 +93,3 @@ class FirstLayer:
             if not isinstance(found, Tensor):
                 raise TypeError(f"first_layer: expected {self.name} to give a tensor, got {type(output).__name__}")
             self._on_output(found)
-
-
-def _first_of_longest(model: nn.Module, modules: dict[str, nn.Module], decoder: bool) -> str:
-    side = set(model.modules())
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        side = set((model.get_decoder() if decoder else model.get_encoder()).modules())
-    lists = {
-        name: len(module)
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and len(module) and module in side
-    }
-    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    if not outermost:
-        raise ValueError(
-            f"first_layer: {type(model).__name__} has no list of layers; name the module that ends its first layer"
-        )
-    return max(outermost, key=lists.__getitem__) + ".0"

@@ -120,7 +120,7 @@ def _run_clean(step: Step) -> tuple[TaskPass, list[Tensor]]:
         return live[index].clone()  # a model may change what it gets in place
 
     with torch.enable_grad(), step.hooks.replacing(watch):
-        task = step.task(step.inner)
+        task = step.task(step.inner, step.whole)
     step.hooks.check_calls()
     return task, [live[index] for index in range(len(live))]
 

@@ -3,7 +3,7 @@
 Several sites may be perturbed at once; each has its own stream of noise, its own gradient and its own delta.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from alum_kernels.ops.noise_init import noise_init
 from alum_kernels.ops.projected_ascent import STATISTICS, projected_ascent
 
 SIZES = ("std", "step_size", "epsilon")
+Initial = Tensor | Callable[[tuple[int, ...]], Tensor]
 
 
 class DeviceConstants:
@@ -65,7 +66,8 @@ class Perturbation:
         batch: arguments of the model, labels included; its masks and tokens say which positions stay as they are.
         seed: one-element int64 tensor.
         sample_offset: place of the batch's first sample in the global batch.
-        initial: a first perturbation for each site, (B, S, H) fp32 (fp64 for fp64 embeddings), instead of noise.
+        initial: a first perturbation for each site, (B, S, H) fp32 (fp64 for fp64 embeddings), instead of noise; or a
+            function that makes it for that shape.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Perturbation:
         batch: Mapping[str, Any],
         seed: Tensor,
         sample_offset: int,
-        initial: Sequence[Tensor] | None = None,
+        initial: Sequence[Initial] | None = None,
     ) -> None:
         if initial is not None and len(initial) != len(sites):
             raise ValueError(f"delta: expected one tensor for each of {len(sites)} sites, got {len(initial)}")
@@ -151,6 +153,11 @@ class Perturbation:
         delta = self._final_deltas[index]
         return _moved(output, delta / 2)
 
+    @property
+    def final_deltas(self) -> list[Tensor]:
+        """delta_K of each site, (B, S, H), where :meth:`perturb` was to keep it."""
+        return [delta for delta in self._final_deltas if delta is not None]
+
     def figures(self) -> dict[str, Tensor]:
         """Sums over sites, sequences and positions, for the telemetry; empty where nothing climbed."""
         if not self._statistics:
@@ -220,7 +227,7 @@ class _SitePerturbation:
         site: Site,
         batch: Mapping[str, Any],
         choices: int,
-        initial: Tensor | None,
+        initial: Initial | None,
     ) -> None:
         self._config, self._constants, self._site, self._batch = config, constants, site, batch
         self._choices = choices if config.level == "sample" else 1
@@ -252,8 +259,9 @@ class _SitePerturbation:
         rows, length, *rest = tensor.shape
         return tensor.reshape(rows // self._choices, self._choices * length, *rest)
 
-    def _masked(self, delta: Tensor) -> Tensor:
+    def _masked(self, initial: Initial) -> Tensor:
         """A perturbation handed in, zero where nothing may move."""
+        delta = initial(tuple(self.embeds.shape)) if callable(initial) else initial
         dtype = torch.promote_types(self.embeds.dtype, torch.float32)
         if delta.shape != self.embeds.shape:
             raise ValueError(f"delta: expected shape {tuple(self.embeds.shape)}, got {tuple(delta.shape)}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.labels import IGNORED_LABEL
-from alum_kernels.adversarial.row_losses import fitted, part_weight, row_losses, targets_of
+from alum_kernels.adversarial.row_losses import counts_of, fitted, part_weight, row_losses, targets_of
 
 
 class SampleLosses:
@@ -33,10 +33,7 @@ class SampleLosses:
         self._parts = head.parts
         self._labels = [targets_of(part, batch) for part in self._parts]
         self._weight = part_weight(head)
-        self._counts: Tensor | None = None
-        if head.name != "regression":
-            counted = [(part != IGNORED_LABEL).view(part.shape[0], -1).sum(1) for part in self._labels]
-            self._counts = torch.stack(counted).amax(0)
+        self._counts = None if head.name == "regression" else counts_of(self._labels)
 
     def __call__(self, logits: Sequence[Tensor]) -> Tensor:
         """(B,) losses, fp32 (fp64 for fp64), 0 for a sample without a label; differentiable twice.

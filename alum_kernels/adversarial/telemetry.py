@@ -39,7 +39,9 @@ class Telemetry:
             it was measured (0 where half the perturbation changes nothing), ``proximal`` (divergence from the teacher,
             per step), ``task_increase`` of methods that climb the task's loss (its mean at the last perturbation less
             that at the first, a step), ``linearity`` of methods that climb the departure from it (mean gamma of
-            ``local_linearity.py`` at the last perturbation, a step; ``ascent_gain`` and ``signal_ratio`` are its).
+            ``local_linearity.py`` at the last perturbation, a step; ``ascent_gain`` and ``signal_ratio`` are its),
+            ``ascent_cosine`` (of the first ascent gradient in ``ascent_dtype`` and that of the training's precision,
+            a signal check).
         """
         if not self._sums:
             return {}
@@ -52,7 +54,7 @@ class Telemetry:
             figures["divergence"] = total["divergence"] / counts["divergence"]
         if total.get("start", 0.0) > 0:
             figures["ascent_gain"] = total["end"] / total["start"]
-        for name in ("proximal", "task_increase", "linearity"):
+        for name in ("proximal", "task_increase", "linearity", "ascent_cosine"):
             if name in total:
                 figures[name] = total[name] / counts[name]
         if total.get("elements", 0.0) > 0:
