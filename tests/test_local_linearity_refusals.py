@@ -21,7 +21,7 @@ def test_losses_that_cannot_be_taken_apart_are_refused():
     with pytest.raises(ValueError, match=r"^run_task: expected the model's own loss"):
         objective.forward(batch, run_task=lambda *_: (torch.zeros(()), None))
 
-    def run_task(model) -> tuple[Tensor, SimpleNamespace]:
+    def run_task(model, batch) -> tuple[Tensor, SimpleNamespace]:
         outputs = model(**batch)
         return outputs.loss, outputs
 

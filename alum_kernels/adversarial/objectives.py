@@ -1,74 +1,39 @@
 """One adversarial training step around an unchanged model.
 
-What a step runs is in ``at_the_end.py``, ``low_memory.py``, ``on_the_way.py`` and ``local_linearity.py``; here are its
-loss and its state. A language model's predictions are compared without its logits where its head allows it
-(``fused_head.py``).
+``run.py`` runs a step; here is what it depends on besides the batch: how far the training is, the seeds of the noise,
+the teacher.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alum_kernels.adversarial.ascent_precision import AscentPrecision
-from alum_kernels.adversarial.at_the_end import train_at_the_end
+from alum_kernels.adversarial.captured import CapturedStep
 from alum_kernels.adversarial.config import AdversarialConfig
-from alum_kernels.adversarial.delta_store import DeltaStore
-from alum_kernels.adversarial.first_layer import FirstLayer
-from alum_kernels.adversarial.fused_head import FusedHead
 from alum_kernels.adversarial.heads import Head, detect_head
-from alum_kernels.adversarial.hooks import PerturbationHooks
-from alum_kernels.adversarial.labels import without_labels
 from alum_kernels.adversarial.linear_head import LinearHead
-from alum_kernels.adversarial.local_linearity import check_second_derivatives, train_local_linearity
-from alum_kernels.adversarial.low_memory import train_in_low_memory
-from alum_kernels.adversarial.lower_layers import LowerLayers
-from alum_kernels.adversarial.model_state import (
-    RandomState,
-    device_of,
-    dropout_off,
-    dropout_off_in_backward,
-    has_static_graph,
-    unwrap,
-)
-from alum_kernels.adversarial.on_the_way import train_on_the_way
+from alum_kernels.adversarial.local_linearity import check_second_derivatives
+from alum_kernels.adversarial.model_state import RandomState, device_of, has_static_graph, unwrap
 from alum_kernels.adversarial.output import AdversarialOutput
-from alum_kernels.adversarial.passes import LinearPasses, LogitPasses, Part, TaskPass, loss_of
-from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
-from alum_kernels.adversarial.proximal import BregmanProximal, Teaching
-from alum_kernels.adversarial.sample_losses import SampleLosses
+from alum_kernels.adversarial.proximal import Teaching
+from alum_kernels.adversarial.run import (
+    Backward,
+    Draw,
+    LossFunction,
+    Plan,
+    RunTask,
+    Samples,
+    StepRunner,
+    TaskOptions,
+    Update,
+)
 from alum_kernels.adversarial.schedule import Progress
 from alum_kernels.adversarial.seeds import NoiseSeeds
-from alum_kernels.adversarial.sites import perturbed_sites
-from alum_kernels.adversarial.step import Step, StepResult, weights_of
-from alum_kernels.adversarial.sub_batch import SubBatch, choose, sub_batch_of
+from alum_kernels.adversarial.step import RepeatedState, weights_of
 from alum_kernels.adversarial.telemetry import Telemetry
 from alum_kernels.ops.checks import check_count
-
-LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
-RunTask = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Any]]
-Backward = Callable[[Tensor], None]
-Samples = Sequence[int] | Tensor
-"""Identifiers on the host."""
-
-
-class Draw(NamedTuple):
-    """What a step's perturbation begins with: arguments of :meth:`AdversarialObjective.forward`."""
-
-    seed: Tensor | None
-    sample_offset: int
-    delta: Sequence[Tensor] | None
-    samples: Samples | None
-
-    def identifiers(self) -> list[int]:
-        """Of the samples; raises ValueError where they are on a device, which would have to be waited for."""
-        if isinstance(self.samples, Tensor):
-            if self.samples.device.type != "cpu":
-                raise ValueError(f"samples: expected identifiers on the host, got a tensor on {self.samples.device}")
-            return self.samples.tolist()
-        return [int(sample) for sample in self.samples]
 
 
 class AdversarialObjective:
@@ -124,33 +89,19 @@ class AdversarialObjective:
         self.head = _head_of(inner, head, config)
         if config.climbs_linearity:
             check_second_derivatives(inner)
-        if loss is not None:
-            self._refuse_other_losses("loss")
         self.telemetry = Telemetry()
-        self._loss = loss
-        self._lower = None
-        if config.ascent_depth:
-            self._lower = LowerLayers(inner, config.ascent_depth, decoder=config.side == "decoder")
-            sites = [self._lower.site]
-        else:
-            sites = perturbed_sites(inner, config.modules, site=config.site, side=config.side)
-        self._hooks = PerturbationHooks(sites)
-        self._first_layer = None
-        if config.inner_steps:
-            self._first_layer = FirstLayer(inner, config.first_layer, decoder=self._hooks.sites[0].decoder)
-        self._precision = AscentPrecision(inner, config.ascent_dtype)
+        self._runner = StepRunner(model, config, self.head, loss, self.telemetry)
+        if loss is not None:
+            self._runner.refuse_other_losses("loss")
         self._seeds = NoiseSeeds(config.seed)
-        self._constants = DeviceConstants(config)
         self._steps = 0
         self._progress: Progress | None = None
-        self._teaching = Teaching(model, config, lambda: self._progress or Progress(self._steps))
-        self._deltas = DeltaStore(config.delta_lifetime) if config.delta_lifetime > 1 else None
-        self._fused = FusedHead(model, self.head, config, own_loss=loss is None)
+        self._teaching = Teaching(model, config, self._now)
 
     @property
     def linear_head(self) -> LinearHead | None:
         """The head by which a language model is trained without its logits; None where it goes through them."""
-        return self._fused.linear
+        return self._runner.fused.linear
 
     def __call__(self, **batch: Any) -> AdversarialOutput:
         """The loss of one batch, with a fresh draw of noise; call ``.loss.backward()`` on the result."""
@@ -161,7 +112,7 @@ class AdversarialObjective:
         batch: Mapping[str, Any],
         scale: float | Tensor = 1.0,
         backward: Backward | None = None,
-        update: Callable[[], None] | None = None,
+        update: Update | None = None,
         samples: Samples | None = None,
     ) -> dict[str, Tensor]:
         """All passes of one batch, backward included; gradients are in ``.grad``, as after ``loss.backward()``.
@@ -180,7 +131,16 @@ class AdversarialObjective:
         differentiate = backward or Tensor.backward
         output = self.forward(batch, backward=lambda loss: differentiate(loss * scale), update=update, samples=samples)
         differentiate(output.loss * scale)
-        return {"loss": output.loss.detach(), "task_loss": output.task_loss, "divergence": output.divergence}
+        return output.figures()
+
+    def capture(self, example_batch: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> CapturedStep:
+        """A whole step as one CUDA graph for each shape of batch.
+
+        Args:
+            example_batch: arguments of the model, labels included, as they will come.
+            optimizer: becomes part of the step; None leaves the gradients to the caller.
+        """
+        return CapturedStep(self, example_batch, optimizer)
 
     def forward(
         self,
@@ -192,7 +152,7 @@ class AdversarialObjective:
         sample_offset: int = 0,
         delta: Sequence[Tensor] | None = None,
         backward: Backward | None = None,
-        update: Callable[[], None] | None = None,
+        update: Update | None = None,
         samples: Samples | None = None,
     ) -> AdversarialOutput:
         """The loss of one batch.
@@ -222,40 +182,51 @@ class AdversarialObjective:
                 :meth:`follow` or :meth:`set_progress` that it did not get.
             RuntimeError: a perturbed module did not run exactly once in a pass.
         """
-        config = self.config
         self._check_call(backward, update, samples)
-        own_loss = run_task is None or standard_loss
-        if not own_loss:
-            self._refuse_other_losses("run_task")
-        with dropout_off(self.model) if config.dropout == "off" else nullcontext():
-            linear = self._fused.of_batch(self.model, batch, own_loss)
+        plan = self.begin_step()
+        if seed is None and (plan.weights.perturbs or plan.proximal is not None):
+            seed = self.draw_seed()
+        return self.run_step(
+            batch,
+            plan,
+            Draw(seed, sample_offset, delta, samples),
+            TaskOptions(run_task, standard_loss, backward, update),
+        )
 
-            def make_part(batch: Mapping[str, Any]) -> Part:
-                passes = LogitPasses(self.head, batch, config.positions) if config.compares else None
-                if linear is not None:
-                    passes = LinearPasses(self.head, batch, config.positions, linear, config.labelled_capacity)
-                return Part(batch, self._inputs(batch), passes)
+    def begin_step(self) -> Plan:
+        """Count a step, and what the course of the training makes of it."""
+        progress = self._now()
+        self._steps += 1
+        interval = self.config.signal_check_interval
+        plan = Plan(
+            weights=weights_of(self.config, progress),
+            size=1.0,
+            check_signal=interval > 0 and self._steps % interval == 0,
+            proximal=self._teaching.teacher(),
+        )
+        if not plan.weights.perturbs:
+            return plan
+        size = progress.value("epsilon_schedule", self.config.epsilon_schedule)
+        self._runner.scale(size)
+        return plan._replace(size=size)
 
-            def task(model: nn.Module, part: Part) -> TaskPass:
-                if linear is not None:
-                    return TaskPass(*part.passes.run_clean(lambda: model(**part.inputs)))
-                loss, outputs = (run_task or self._run_task)(model, part.batch)
-                return TaskPass(loss, outputs, [] if part.passes is None else part.passes.read(outputs))
+    def run_step(
+        self,
+        batch: Mapping[str, Any],
+        plan: Plan,
+        draw: Draw,
+        options: TaskOptions,
+        random: Callable[[torch.device], RepeatedState] = RandomState,
+    ) -> AdversarialOutput:
+        """A step as planned; ``random`` makes the state of dropout's generators that its passes repeat."""
+        return AdversarialOutput.of(self._runner.run(self.model, batch, plan, draw, options, random))
 
-            draw = Draw(seed, sample_offset, delta, samples)
-            result = self._run_step(make_part, batch, task, draw, backward, update)
-        if config.dropout == "off" and result.loss.requires_grad:
-            dropout_off_in_backward(self.model, result.loss)
-        return AdversarialOutput.of(result)
-
-    def _check_call(
-        self, backward: Backward | None, update: Callable[[], None] | None, samples: Samples | None
-    ) -> None:
+    def _check_call(self, backward: Backward | None, update: Update | None, samples: Samples | None) -> None:
         config = self.config
         if config.trains_in_parts and backward is None:
             why = "holds one graph at a time" if config.backward == "final" else "trains on every pass of an ascent"
             raise ValueError(f"backward: {config.method} {why}, call AdversarialObjective.backward")
-        if (samples is None) != (self._deltas is None):
+        if (samples is None) != (config.delta_lifetime == 1):
             wanted = "an identifier of each sample" if samples is None else "None"
             raise ValueError(f"samples: expected {wanted} with delta_lifetime {config.delta_lifetime}")
         if (update is not None) != (config.backward == "replay"):
@@ -268,85 +239,6 @@ class AdversarialObjective:
                 f"model: expected DistributedDataParallel without static_graph for {config.method}, whose steps have "
                 "several backwards"
             )
-
-    def _run_step(
-        self,
-        make_part: Callable[[Mapping[str, Any]], Part],
-        batch: Mapping[str, Any],
-        task: Callable[[nn.Module, Part], TaskPass],
-        draw: "Draw",
-        backward: Backward | None,
-        update: Callable[[], None] | None,
-    ) -> StepResult:
-        config, device = self.config, device_of(unwrap(self.model))
-        progress = self._progress or Progress(self._steps)
-        self._steps += 1
-        weights = weights_of(config, progress)
-        proximal = self._teaching.teacher()
-        if not weights.perturbs and proximal is None:
-            loss, outputs, *_ = task(self.model, make_part(batch))
-            return StepResult(weights.clean * loss, loss, outputs)
-        self._constants.scale(progress.value("epsilon_schedule", config.epsilon_schedule))
-        seed = self.draw_seed(device) if draw.seed is None else draw.seed
-        whole = make_part(batch)
-        sub_batch = self._sub_batch(whole, make_part, seed, draw) if config.adversarial_fraction < 1 else None
-        delta = draw.delta
-        if self._deltas is not None and (kept := self._deltas.take(draw.identifiers())) is not None:
-            config, delta = config.replace(steps=0, delta_lifetime=1, ascent_dtype=None), kept
-        perturbed = whole if sub_batch is None else sub_batch.chosen
-        known = {**perturbed.inputs, **perturbed.batch}
-        interval = config.signal_check_interval
-        step = Step(
-            config=config,
-            model=self.model,
-            hooks=self._hooks,
-            whole=whole,
-            task=task,
-            perturbation=Perturbation(
-                config, self._constants, self._hooks.sites, known, seed, draw.sample_offset, delta
-            ),
-            random=RandomState(device) if config.dropout == "shared" else None,
-            telemetry=self.telemetry,
-            weights=weights,
-            sample_losses=SampleLosses(self.head, batch) if config.climbs_linearity else None,
-            check_signal=interval > 0 and self._steps % interval == 0,
-            precision=self._precision,
-            sub_batch=sub_batch,
-            lower=self._lower,
-        )
-        result = self._train(step, proximal, backward, update)
-        if step.config.delta_lifetime > 1:
-            self._deltas.put(draw.identifiers(), step.perturbation.final_deltas)
-        return result
-
-    def _train(
-        self,
-        step: Step,
-        proximal: BregmanProximal | None,
-        backward: Backward | None,
-        update: Callable[[], None] | None,
-    ) -> StepResult:
-        if step.config.climbs_linearity:
-            return train_local_linearity(step, proximal)
-        if step.config.backward != "final":
-            return train_on_the_way(step, backward, update, self._first_layer)
-        return train_in_low_memory(step, backward) if step.config.memory == "low" else train_at_the_end(step, proximal)
-
-    def _sub_batch(
-        self, whole: Part, make_part: Callable[[Mapping[str, Any]], Part], seed: Tensor, draw: "Draw"
-    ) -> SubBatch | None:
-        if draw.delta is not None:
-            raise ValueError("delta: expected None with adversarial_fraction < 1, which chooses its samples at random")
-        indices = choose(whole.batch, self.config.adversarial_fraction, seed, draw.sample_offset)
-        if indices is None:
-            return None
-        splits = self.config.dropout == "shared"
-        if splits and self._loss is not None:
-            raise ValueError(
-                "loss: expected the model's own with adversarial_fraction < 1 and dropout='shared', whose clean pass "
-                "runs in two parts; dropout='independent' or 'off' takes any"
-            )
-        return sub_batch_of(self.head, whole, indices, make_part, splits=splits)
 
     def set_progress(self, step: int, total: int | None = None) -> None:
         """Tell schedules how far the training is.
@@ -370,14 +262,6 @@ class AdversarialObjective:
         """
         self._teaching.follow(optimizer)
 
-    def _refuse_other_losses(self, argument: str) -> None:
-        """A loss that is not the head's own cannot be taken apart into samples."""
-        if self.config.climbs_linearity:
-            raise ValueError(
-                f"{argument}: expected the model's own loss with ascent='linearity', which takes the loss of each "
-                "sample from logits and labels, got another loss"
-            )
-
     def draw_seed(self, device: torch.device | None = None) -> Tensor:
         """The next seed of the noise, a one-element int64 tensor on ``device`` (the model's, if None)."""
         device = device_of(unwrap(self.model)) if device is None else device
@@ -399,28 +283,11 @@ class AdversarialObjective:
 
     def remove_hooks(self) -> None:
         """Take the wrapper's hooks off the model and the optimizer; the objective cannot be used afterwards."""
-        self._hooks.remove()
-        if self._first_layer is not None:
-            self._first_layer.remove()
-        if self._lower is not None:
-            self._lower.remove()
+        self._runner.remove()
         self._teaching.stop()
 
-    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return without_labels(batch) if self.head is None else self.head.inputs(batch, self.model)
-
-    def _run_task(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        if self._loss is not None:
-            outputs = model(**self._inputs(batch))
-            return self._loss(outputs, batch), outputs
-        outputs = model(**batch)
-        loss = loss_of(outputs)
-        if loss is None:
-            raise ValueError(
-                "batch: expected 'labels', since the model computed no loss; "
-                f"got {', '.join(batch) or 'an empty batch'}. Pass loss= if the loss is your own"
-            )
-        return loss, outputs
+    def _now(self) -> Progress:
+        return self._progress or Progress(self._steps)
 
 
 def _head_of(model: nn.Module, name: str | None, config: AdversarialConfig) -> Head | None:

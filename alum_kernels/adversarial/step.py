@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.first_layer import FirstLayer
 from alum_kernels.adversarial.hooks import PerturbationHooks
 from alum_kernels.adversarial.lower_layers import LowerLayers
-from alum_kernels.adversarial.model_state import RandomState, device_of, unwrap
+from alum_kernels.adversarial.model_state import device_of, unwrap
 from alum_kernels.adversarial.passes import Part, TaskPass
 from alum_kernels.adversarial.perturbation import Perturbation
 from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE, Prediction, mean_divergences
@@ -23,6 +23,13 @@ from alum_kernels.adversarial.sub_batch import SubBatch
 from alum_kernels.adversarial.telemetry import Telemetry
 
 Replace = Callable[[int, Tensor], Tensor | None]
+
+
+class RepeatedState(Protocol):
+    """The state of dropout's generators at some moment."""
+
+    def restore(self) -> None:
+        """The generators go on as they did from that moment."""
 
 
 class Weights(NamedTuple):
@@ -98,7 +105,7 @@ class Step:
     whole: Part
     task: Callable[[nn.Module, Part], TaskPass]
     perturbation: Perturbation
-    random: RandomState | None
+    random: RepeatedState | None
     telemetry: Telemetry
     weights: Weights
     sample_losses: SampleLosses | None = None

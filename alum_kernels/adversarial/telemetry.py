@@ -14,19 +14,26 @@ SIGNAL_RATIO = 2.0
 
 
 class Telemetry:
-    """Running sums over the steps since the last :meth:`read`."""
+    """Running sums over the steps since the last :meth:`read`, each in one place on its device.
+
+    Attributes:
+        counts: how often each figure was added. A captured step, which adds on the device alone, counts for itself.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self._warned = False
 
     def add(self, **values: Tensor) -> None:
         """Add device scalars to the sums of their names."""
         for name, value in values.items():
             value = value.detach().to(torch.float32)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] += 1
+            total = self._sums.get(name)
+            if total is None or total.device != value.device:
+                total = self._sums[name] = torch.zeros_like(value)
+            total.add_(value)
+            self.counts[name] += 1
 
     def read(self) -> dict[str, float]:
         """Averages since the last reading; waits for the device once, and starts anew.
@@ -43,12 +50,13 @@ class Telemetry:
             ``ascent_cosine`` (of the first ascent gradient in ``ascent_dtype`` and that of the training's precision,
             a signal check).
         """
-        if not self._sums:
+        names = sorted(self.counts)
+        if not names:
             return {}
-        names = sorted(self._sums)
         total = dict(zip(names, torch.stack([self._sums[name] for name in names]).tolist(), strict=True))
-        counts = self._counts
-        self._sums, self._counts = {}, Counter()
+        counts, self.counts = self.counts, Counter()
+        for name in names:
+            self._sums[name].zero_()
         figures = {}
         if "divergence" in total:
             figures["divergence"] = total["divergence"] / counts["divergence"]
