@@ -42,6 +42,8 @@ def train_in_low_memory(step: Step, backward: Callable[[Tensor], None]) -> StepR
     rest = _products([part.values for part in task.predictions], gradients)
     if rest is not None:
         loss = loss + (rest - rest.detach())
+    elif step.weights.clean == 0:
+        loss = loss + 0 * task.loss  # nothing is left to train, and the caller has something to differentiate
     if config.telemetry:
         step.telemetry.add(**step.perturbation.figures())
     return StepResult(loss=loss, task_loss=task.loss, outputs=task.outputs, divergence=divergence)

@@ -30,6 +30,7 @@ from alum_kernels.adversarial.passes import LinearPasses, LogitPasses, Part, Tas
 from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
 from alum_kernels.adversarial.proximal import BregmanProximal
 from alum_kernels.adversarial.sample_losses import SampleLosses
+from alum_kernels.adversarial.samples import sample_count
 from alum_kernels.adversarial.sites import perturbed_sites
 from alum_kernels.adversarial.step import RepeatedState, Step, StepResult, Weights
 from alum_kernels.adversarial.sub_batch import SubBatch, choose, sub_batch_of
@@ -51,13 +52,18 @@ class Draw(NamedTuple):
     delta: Sequence[Tensor] | None
     samples: Samples | None
 
-    def identifiers(self) -> list[int]:
-        """Of the samples; raises ValueError where they are on a device, which would have to be waited for."""
-        if isinstance(self.samples, Tensor):
-            if self.samples.device.type != "cpu":
-                raise ValueError(f"samples: expected identifiers on the host, got a tensor on {self.samples.device}")
-            return self.samples.tolist()
-        return [int(sample) for sample in self.samples]
+    def identifiers(self, count: int) -> list[int]:
+        """Of ``count`` samples.
+
+        Raises:
+            ValueError: there are more or less, or they are on a device, which would have to be waited for.
+        """
+        if isinstance(self.samples, Tensor) and self.samples.device.type != "cpu":
+            raise ValueError(f"samples: expected identifiers on the host, got a tensor on {self.samples.device}")
+        found = [int(sample) for sample in self.samples]
+        if len(found) != count:
+            raise ValueError(f"samples: expected {count}, one a sample, got {len(found)}")
+        return found
 
 
 class Plan(NamedTuple):
@@ -201,7 +207,8 @@ class StepRunner:
     ) -> StepResult:
         config, delta = self._config, draw.delta
         sub_batch = self._sub_batch(whole, make_part, draw, options) if config.adversarial_fraction < 1 else None
-        if self._deltas is not None and (kept := self._deltas.take(draw.identifiers())) is not None:
+        samples = [] if self._deltas is None else draw.identifiers(sample_count(whole.batch))
+        if self._deltas is not None and (kept := self._deltas.take(samples)) is not None:
             config, delta = config.replace(steps=0, delta_lifetime=1, ascent_dtype=None), kept
         perturbed = whole if sub_batch is None else sub_batch.chosen
         known = {**perturbed.inputs, **perturbed.batch}
@@ -225,7 +232,7 @@ class StepRunner:
         )
         result = self._train(step, plan.proximal, options)
         if step.config.delta_lifetime > 1:
-            self._deltas.put(draw.identifiers(), step.perturbation.final_deltas)
+            self._deltas.put(samples, step.perturbation.final_deltas)
         return result
 
     def _train(self, step: Step, proximal: BregmanProximal | None, options: TaskOptions) -> StepResult:
