@@ -116,6 +116,13 @@ def test_the_sizes_follow_their_schedule_together(method, done):
     assert_same(*at(config.replace(epsilon_schedule=MANY), done), by_hand(config.replace(**scaled)), rtol=1e-8)
 
 
+@pytest.mark.parametrize("done", range(5))
+def test_between_the_steps_of_an_interval_there_is_the_task_alone(done):
+    config = visible("smart").replace(adversarial_interval=3)
+    weights = {"alpha": 3 * config.alpha} if done % 3 == 0 else {"alpha": 0.0}
+    assert_same(*at(config, done), by_hand(config.replace(adversarial_interval=1, **weights)))
+
+
 def test_one_objective_goes_through_its_schedule():
     config = visible("smart").replace(epsilon_schedule=((0.0, 1.0), (1.0, 0.0)), alpha_schedule=WARM_UP)
     original, batch = example("bag", "classification")

@@ -20,6 +20,9 @@ IN_PARALLEL = {
     "llr": ("classification", AdversarialConfig.llr()),
     "freelb": ("classification", ON_THE_WAY),
     "masked_lm": ("masked_lm", MOVED),
+    "low memory": ("classification", MOVED.replace(memory="low")),
+    "low memory, masked_lm": ("masked_lm", MOVED.replace(memory="low")),
+    "depth": ("classification", MOVED.replace(ascent_depth=1)),
 }
 """Methods under ``DistributedDataParallel``, each on one task."""
 

@@ -9,7 +9,7 @@ from torch import nn
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.linear_head import LinearHead, find_linear_head
-from alum_kernels.adversarial.model_state import has_static_graph, unwrap
+from alum_kernels.adversarial.model_state import has_static_graph, original
 from alum_kernels.adversarial.passes import one_sample, refusal
 from alum_kernels.ops.linear_arguments import LINEAR_DIVERGENCES
 
@@ -33,7 +33,7 @@ class FusedHead:
     """
 
     def __init__(self, model: nn.Module, head: Head | None, config: AdversarialConfig, own_loss: bool) -> None:
-        self._model, self._head, self._demanded = unwrap(model), head, config.fused_head
+        self._model, self._head, self._demanded = original(model), head, config.fused_head
         self._verified = False
         self.linear = self._find(config, own_loss)
 

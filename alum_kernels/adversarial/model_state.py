@@ -13,6 +13,21 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+def original(model: nn.Module) -> nn.Module:
+    """The module as it was written, whose submodules have their names: inside ``torch.compile`` too.
+
+    Raises:
+        ValueError: ``DistributedDataParallel`` was compiled, and cannot be told when to sum gradients.
+    """
+    inner = unwrap(model)
+    written = getattr(inner, "_orig_mod", inner)
+    if written is not unwrap(written):
+        raise ValueError(
+            "model: expected DistributedDataParallel around a compiled model, got a compiled DistributedDataParallel"
+        )
+    return written
+
+
 def has_static_graph(model: nn.Module) -> bool:
     """Whether a model is in a ``DistributedDataParallel`` that takes every step for the same as the first."""
     return isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph

@@ -15,7 +15,7 @@ from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.heads import Head, detect_head
 from alum_kernels.adversarial.linear_head import LinearHead
 from alum_kernels.adversarial.local_linearity import check_second_derivatives
-from alum_kernels.adversarial.model_state import RandomState, device_of, has_static_graph, unwrap
+from alum_kernels.adversarial.model_state import RandomState, device_of, has_static_graph, original, unwrap
 from alum_kernels.adversarial.output import AdversarialOutput
 from alum_kernels.adversarial.proximal import Teaching
 from alum_kernels.adversarial.run import (
@@ -85,7 +85,7 @@ class AdversarialObjective:
     ) -> None:
         self.model = model
         self.config = config
-        inner = unwrap(model)
+        inner = original(model)
         self.head = _head_of(inner, head, config)
         if config.climbs_linearity:
             check_second_derivatives(inner)

@@ -23,7 +23,7 @@ from alum_kernels.adversarial.model_state import (
     device_of,
     dropout_off,
     dropout_off_in_backward,
-    unwrap,
+    original,
 )
 from alum_kernels.adversarial.on_the_way import train_on_the_way
 from alum_kernels.adversarial.passes import LinearPasses, LogitPasses, Part, TaskPass, loss_of
@@ -119,7 +119,7 @@ class StepRunner:
         loss: LossFunction | None,
         telemetry: Telemetry,
     ) -> None:
-        inner = unwrap(model)
+        inner = original(model)
         self._inner, self._config, self._head, self._loss, self._telemetry = inner, config, head, loss, telemetry
         self._lower = None
         if config.ascent_depth:

@@ -57,6 +57,9 @@ class AdversarialTrainer(Trainer):
     Schedules go by the Trainer's steps, a teacher follows its optimizer, and methods that replay a batch make an
     optimizer step (with gradient clipping) after each replay; the learning rate schedule counts batches.
 
+    Perturbations that serve several visits of a sample (``delta_lifetime``) need a dataset with a column
+    ``sample_index``, an int that no other sample has.
+
     Runs in one process or under ``DistributedDataParallel``.
 
     Args:
@@ -186,10 +189,15 @@ class AdversarialTrainer(Trainer):
                 of_step(earlier) * self._accumulation_share(num_items_in_batch)
             ),
             update=self._update if self.adversarial.backward == "replay" else None,
-            samples=None if samples is None else samples.cpu(),
+            samples=samples.cpu() if self.adversarial.delta_lifetime > 1 and samples is not None else None,
         )
         loss = of_step(result.loss)
         return (loss, result.outputs) if return_outputs else loss
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.adversarial.delta_lifetime > 1 and SAMPLE_KEY not in self._signature_columns:
+            self._signature_columns.append(SAMPLE_KEY)
 
     def _keep_pace(self) -> None:
         """Tell the objective the Trainer's step, and its teacher the optimizer."""
