@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alum_kernels import AdversarialConfig
 from alum_kernels.evaluation import accuracy_under_attack
 from benchmarks.quality_results import Job, equal_time_steps
 from benchmarks.timing import Timing, measure
@@ -18,7 +19,7 @@ from examples.encoding import DevSet, dev_set, training_batches
 from examples.fine_tuning import Start, check_methods, evaluate, fine_tune, new_model
 from examples.glue_tasks import REGRESSION, Examples, TaggedSentences, TaskData, read_task
 from examples.methods import method_config
-from examples.training import Batch, Run, adamw, adversarial_objective, training_step
+from examples.training import Batch, Run, adamw, adversarial_objective, placed_on, training_step
 
 NORMS = ("linf", "l2")
 WARM_UP = 2
@@ -120,19 +121,27 @@ class TaskBench:
         batches = training_batches(
             self.tokenizer, self.data, steps=chosen.rounds, size=chosen.batch_size, length=chosen.length, seed=0
         )
-        placed = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+        placed = [placed_on(device, batch) for batch in batches]
         objectives = {method: adversarial_objective(model, config) for method, config in self.configs.items()}
+        periods = {method: _period(config) for method, config in self.configs.items()}
         calls = {}
         for method, objective in objectives.items():
             optimizer = adamw(model, objective, chosen.learning_rate)
-            if objective is not None:
-                objective.set_progress(0, 1)
-            turn = itertools.cycle(placed)
-            calls[method] = lambda objective=objective, optimizer=optimizer, turn=turn: training_step(
-                model, objective, optimizer, next(turn)
-            )
+
+            def steps(objective=objective, optimizer=optimizer, turn=itertools.cycle(placed), period=periods[method]):
+                batch = next(turn)
+                for step in range(period):
+                    if objective is not None:
+                        objective.set_progress(step, period)
+                    training_step(model, objective, optimizer, batch)
+
+            calls[method] = steps
         try:
-            return measure(calls, device=device, rounds=chosen.rounds, warmup=WARM_UP, sample_seconds=0.0)
+            timings = measure(calls, device=device, rounds=chosen.rounds, warmup=WARM_UP, sample_seconds=0.0)
+            return {
+                method: Timing([sample / periods[method] for sample in timing.samples], timing.repeats)
+                for method, timing in timings.items()
+            }
         finally:
             for objective in objectives.values():
                 if objective is not None:
@@ -142,7 +151,7 @@ class TaskBench:
         """About how long :meth:`judge` takes, from a batch of middling length."""
         model = new_model(self.data, self.start, seed=0).eval()
         batch = self.dev.batches[len(self.dev.batches) // 2]
-        inputs = {name: tensor.to(self.start.device) for name, tensor in batch.items()}
+        inputs = placed_on(self.start.device, batch)
         total = 0.0
         for count in (0, len(self.dev.batches)):  # the first call warms up
             began = time.perf_counter()
@@ -154,6 +163,11 @@ class TaskBench:
             self._accuracy_under_attack(model, norm, [batch])
             total += len(self.attacked) * (time.perf_counter() - began)
         return total
+
+
+def _period(config: AdversarialConfig | None) -> int:
+    """Steps after which the cost of a method's steps repeats."""
+    return 1 if config is None else config.adversarial_interval * config.delta_lifetime
 
 
 def _plain(examples: Examples) -> list:

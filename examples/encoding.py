@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from examples.glue_tasks import TaggedSentences, TaskData
-from examples.training import Batch, classification_batches, ordered_batches, take
+from examples.training import SAMPLE_KEY, Batch, classification_batches, ordered_batches, take
 
 NOT_COUNTED = -100
 
@@ -32,6 +32,8 @@ class DevSet:
 def training_batches(tokenizer, data: TaskData, *, steps: int, size: int, length: int, seed: int) -> list[Batch]:
     """The first ``steps`` batches in the random order of a seed: with more steps, the same ones come first.
 
+    Each says by ``SAMPLE_KEY`` which examples it is of.
+
     Raises:
         ValueError: there are fewer than ``size`` examples.
     """
@@ -41,11 +43,11 @@ def training_batches(tokenizer, data: TaskData, *, steps: int, size: int, length
         )
     order = {"size": size, "generator": torch.Generator().manual_seed(seed), "lengths": data.train.lengths()}
     if not isinstance(data.train, TaggedSentences):
-        return take(classification_batches(tokenizer, data.train, length=length, **order), steps)
+        return take(classification_batches(tokenizer, data.train, length=length, indexed=True, **order), steps)
     sentences = data.train
 
     def encode(chosen: list[int]) -> Batch:
-        return encode_sentences(tokenizer, sentences, chosen, length)[0]
+        return {**encode_sentences(tokenizer, sentences, chosen, length)[0], SAMPLE_KEY: torch.tensor(chosen)}
 
     return take(ordered_batches(len(sentences), encode, **order), steps)
 

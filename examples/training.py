@@ -15,6 +15,9 @@ from examples.corpora import LabelledText
 
 Batch = dict[str, Tensor]
 
+SAMPLE_KEY = "sample_index"
+"""Entry of a training batch that says which examples it is of; the model does not see it."""
+
 TELEMETRY_INTERVAL = 5
 WARM_UP_SHARE = 0.1
 POOL = 16
@@ -73,12 +76,15 @@ def training_step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    batch = dict(batch)
+    samples = batch.pop(SAMPLE_KEY, None)
     if objective is None:
         loss = model(**batch).loss
         loss.backward()
     else:
         replays = objective.config.backward == "replay"
-        loss = objective.backward(batch, update=update if replays else None)["task_loss"]
+        kept = samples if objective.config.delta_lifetime > 1 else None
+        loss = objective.backward(batch, update=update if replays else None, samples=kept)["task_loss"]
     update()
     return loss.detach()
 
@@ -106,7 +112,7 @@ def train(
             batches, desc=f"{run.task}, {run.method}", unit="step", dynamic_ncols=True, leave=keep_bar
         ) as progress:
             for step, batch in enumerate(progress):
-                placed = {name: tensor.to(device) for name, tensor in batch.items()}
+                placed = placed_on(device, batch)
                 if objective is not None:
                     objective.set_progress(step, len(batches))
                 started = _clock(device)
@@ -122,6 +128,11 @@ def train(
         if objective is not None:
             objective.remove_hooks()
     return run
+
+
+def placed_on(device: torch.device, batch: Batch) -> Batch:
+    """A batch on the device; its samples' identifiers stay on the host."""
+    return {name: tensor if name == SAMPLE_KEY else tensor.to(device) for name, tensor in batch.items()}
 
 
 def adamw(model: nn.Module, objective: AdversarialObjective | None, learning_rate: float) -> torch.optim.Optimizer:
@@ -146,8 +157,9 @@ def classification_batches(
     length: int,
     generator: torch.Generator | None = None,
     lengths: Sequence[int] | None = None,
+    indexed: bool = False,
 ) -> Iterator[Batch]:
-    """Padded batches of :func:`ordered_batches`; labels are classes or scores."""
+    """Padded batches of :func:`ordered_batches`; labels are classes or scores, ``indexed`` adds ``SAMPLE_KEY``."""
 
     def encode(chosen: list[int]) -> Batch:
         rows = [texts.texts[index] for index in chosen]
@@ -155,7 +167,8 @@ def classification_batches(
         encoded = tokenizer(
             [row[0] for row in rows], pairs, truncation=True, max_length=length, padding=True, return_tensors="pt"
         )
-        return {**encoded, "labels": torch.tensor([texts.labels[index] for index in chosen])}
+        index = {SAMPLE_KEY: torch.tensor(chosen)} if indexed else {}
+        return {**encoded, "labels": torch.tensor([texts.labels[index] for index in chosen]), **index}
 
     return ordered_batches(len(texts), encode, size=size, generator=generator, lengths=lengths)
 

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 
 from alum_kernels.adversarial.sites import Site
 
+_NOT_SEEN = (
+    "name other modules in AdversarialConfig(modules=(...)). Where a model of the same class was compiled before this "
+    "one was wrapped, its code is used again and sees no hooks: set torch._dynamo.config.skip_nnmodule_hook_guards = "
+    "False before it is compiled"
+)
+
 
 class PerturbationHooks:
     """Forward hooks at the perturbed sites of one model."""
@@ -115,5 +121,5 @@ class PerturbationHooks:
             if calls != 1:
                 raise RuntimeError(
                     f"{name}: expected to run exactly once in a forward pass, ran {calls} times; "
-                    "name other modules in AdversarialConfig(modules=(...))"
+                    + (_NOT_SEEN if calls == 0 else "name other modules in AdversarialConfig(modules=(...))")
                 )
