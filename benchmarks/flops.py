@@ -3,8 +3,8 @@
     python -m benchmarks.flops [--shape NAME ...] [--json PATH]
 
 Counted are the multiplications and additions of matrix products, two a pair. Embedding look-ups, softmax, normalisation
-and everything else that works element by element count as zero, and so do rotary angles. Attention counts as dense,
-causal or not: S^2 products a head. Padding counts, since it is computed. With, for one forward pass,
+and everything else that works element by element count as zero. Attention counts as dense, causal or not: S^2 products
+a head. Padding counts, since it is computed. With, for one forward pass,
 
     linear       products with weights: layers, the pooler of a classifier, the dense layer of a masked LM's head
     attention    Q K^T and P V; they have no weights, so that their gradients are two products each, always

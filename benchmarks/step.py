@@ -168,7 +168,7 @@ def measure_shape(shape: Shape, mode: str, providers: Sequence[str], device: tor
         first = {provider: _first_calls(step, bench, first_calls) for provider, step in steps.items()}
         ready = {provider: found for provider, found in first.items() if isinstance(found, Ready)}
         calls = {provider: found.call for provider, found in ready.items()}
-        timings = measure(calls, device=device, rounds=rounds, warmup=int(device.type == "cuda"))
+        timings = measure(calls, device=device, rounds=rounds, warmup=int(device.type == "cuda")) if calls else {}
         profiles = {provider: _profiled(provider, found, bench) for provider, found in ready.items()}
     return [
         _measured(bench, mode, provider, timings, profiles[provider])
