@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from alum_kernels.evaluation.quartiles import Quartiles
 from benchmarks.machine import describe, facts, result_path
 from benchmarks.quality_plot import draw
 from benchmarks.quality_results import (
@@ -42,7 +43,6 @@ from examples.corpora import CorpusError
 from examples.fine_tuning import Start, bundled_model
 from examples.glue_tasks import TASKS
 from examples.methods import chosen_methods
-from examples.spread import Spread
 from examples.training import MethodError
 
 METHODS = "standard,r3f,alum_finetuning,alum_linf,alum_sign,smart_proximal,freelb"
@@ -178,7 +178,7 @@ def print_tables(results: Results) -> None:
                     str(entry["steps"]),
                     ratio(entry["of_standard"]),
                     f"{entry['train_seconds']:.1f}",
-                    *(format(Spread(one["median"], one["lower"], one["upper"]), ".4f") for one in figures),
+                    *(format(Quartiles(one["lower"], one["median"], one["upper"]), ".4f") for one in figures),
                 )
     print("\nmedian [quartiles] over seeds" + "".join(f"\n{sentence}" for sentence in results["verdict"]))
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from examples.spread import Spread
+from alum_kernels.evaluation.quartiles import Quartiles
 
 STANDARD = "standard"
 EQUAL_STEPS, EQUAL_TIME = "equal steps", "equal time"
@@ -141,7 +141,8 @@ def summary(results: Results) -> list[dict[str, Any]]:
     """One entry a task, mode and method that has runs.
 
     ``figures`` are the metrics of the task and the accuracies under attack, each with its values by seed and their
-    :class:`Spread`; ``over_standard`` is the median, over the seeds that both have, of a seed's difference to standard
+    :class:`Quartiles`; ``over_standard`` is the median, over the seeds that both have, of a seed's difference to
+    standard
     training in the same mode.
     """
     entries = []
@@ -171,8 +172,8 @@ def _entry(
         differences = [run["figures"][name] - base[run["seed"]][name] for run in runs if run["seed"] in base]
         figures[name] = {
             "by_seed": values,
-            **Spread.of(values).to_dict(),
-            "over_standard": Spread.of(differences).median if differences else None,
+            **Quartiles.of(values).to_dict(),
+            "over_standard": Quartiles.of(differences).median if differences else None,
         }
     return {
         "task": task,
@@ -182,7 +183,7 @@ def _entry(
         "steps": runs[0]["steps"],
         "of_standard": cost(results, task, method),
         "ms_per_step": 1e3 * results["tasks"][task]["calibration"][method]["median_s"],
-        "train_seconds": Spread.of([run["train_seconds"] for run in runs]).median,
+        "train_seconds": Quartiles.of([run["train_seconds"] for run in runs]).median,
         "figures": figures,
     }
 

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 import alum_kernels
+from alum_kernels.evaluation.quartiles import Quartiles
 from examples.corpora import CorpusError
 from examples.encoding import dev_set, training_batches
 from examples.fine_tuning import Start, bundled_model, check_methods, evaluate, fine_tune
 from examples.glue_metrics import LABELS
 from examples.glue_tasks import TASKS, Task, TaskData, read_task
 from examples.methods import METHODS, STANDARD, chosen_methods, method_config
-from examples.spread import Spread
 from examples.training import MethodError, Run
 
 DEFAULT_METHODS = "standard,alum_finetuning,alum_linf"
@@ -44,7 +44,7 @@ class Results:
     interrupted: bool = False
 
     def summary(self) -> list[dict[str, Any]]:
-        """One entry a method: every metric's :class:`Spread` over the seeds, and its cost."""
+        """One entry a method: every metric's :class:`Quartiles` over the seeds, and its cost."""
         entries: list[dict[str, Any]] = []
         for method in dict.fromkeys(run["method"] for run in self.runs):
             own = [run for run in self.runs if run["method"] == method]
@@ -54,10 +54,11 @@ class Results:
                     "method": method,
                     "seeds": len(own),
                     "metrics": {
-                        name: Spread.of([run["metrics"][name] for run in own]).to_dict() for name in own[0]["metrics"]
+                        name: Quartiles.of([run["metrics"][name] for run in own]).to_dict()
+                        for name in own[0]["metrics"]
                     },
-                    "ascent_gain": Spread.of(gains).median if gains else None,
-                    "ms_per_step": Spread.of([run["ms_per_step"] for run in own]).median,
+                    "ascent_gain": Quartiles.of(gains).median if gains else None,
+                    "ms_per_step": Quartiles.of([run["ms_per_step"] for run in own]).median,
                 }
             )
         standard = next((entry["ms_per_step"] for entry in entries if entry["method"] == STANDARD), None)
@@ -74,7 +75,7 @@ class Results:
                 (
                     entry["method"],
                     str(entry["seeds"]),
-                    *(format(Spread(**entry["metrics"][name]), ".4f") for name in task.metrics),
+                    *(format(Quartiles(**entry["metrics"][name]), ".4f") for name in task.metrics),
                     "-" if gain is None else f"{gain:.3g}",
                     f"{entry['ms_per_step']:.0f}",
                     "-" if cost is None else f"{cost:.2f}x",

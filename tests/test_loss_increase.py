@@ -10,13 +10,13 @@ from torch.nn import functional
 
 from alum_kernels.backends.reference import noise_init as reference_noise
 from alum_kernels.evaluation import (
-    Quartiles,
     compare_loss_increase,
     compare_reports,
     largest_loss_increase,
     smallest_flipping_radius,
 )
 from alum_kernels.evaluation.flipping_radius import _bisected
+from alum_kernels.evaluation.quartiles import Quartiles
 
 OPTIONS = {"modules": ("embed",), "head": "classification"}
 

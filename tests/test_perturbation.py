@@ -34,7 +34,7 @@ def deltas_of(model, objective: AdversarialObjective, names: tuple[str, ...], ba
 def test_padding_stays_as_it_is_and_every_token_moves(name, steps):
     model, batch = tiny_models.CLASSIFIERS[name](), tiny_models.classification_batch()
     objective = AdversarialObjective(model, MOVED.replace(steps=steps))
-    (delta,) = deltas_of(model, objective, objective._hooks.names, batch)
+    (delta,) = deltas_of(model, objective, objective._runner.hooks.names, batch)
     valid = batch["attention_mask"] == 1
     assert (delta[~valid] == 0).all()
     assert (delta[valid] != 0).any(-1).all()

@@ -57,11 +57,22 @@ def test_a_decoder_has_its_own_mask_also_where_lengths_agree():
 def test_tokens_are_excluded_by_their_ids():
     ids = torch.tensor([[0, 7, 2], [0, 2, 1]])
     batch = {"input_ids": ids, "attention_mask": MASK}
-    assert ENCODER.valid_positions(batch, EMBEDS, (0, 2)).tolist() == [[False, True, False], [False, False, False]]
-    without_mask = ENCODER.valid_positions({"input_ids": ids}, EMBEDS, (0, 2))
+    assert ENCODER.valid_positions(batch, EMBEDS, torch.tensor((0, 2))).tolist() == [
+        [False, True, False],
+        [False, False, False],
+    ]
+    without_mask = ENCODER.valid_positions({"input_ids": ids.int()}, EMBEDS, torch.tensor((0, 2)))
     assert without_mask.tolist() == [[False, True, False], [False, False, True]]
     with pytest.raises(ValueError, match=r"^excluded_tokens: expected token ids \(2, 3\) for encoder, got none"):
-        ENCODER.valid_positions({"attention_mask": MASK}, EMBEDS, (0,))
+        ENCODER.valid_positions({"attention_mask": MASK}, EMBEDS, torch.tensor((0,)))
+
+
+def test_excluded_tokens_are_copied_to_the_device_once(monkeypatch):
+    batch = tiny_models.classification_batch()
+    objective = AdversarialObjective(tiny_models.bert(), AdversarialConfig(excluded_tokens=(2,)))
+    objective(**batch)
+    monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: pytest.fail("a step copies from the host"))
+    objective(**batch)
 
 
 def test_names_choose_modules_and_wrong_ones_are_named():

@@ -5,7 +5,8 @@
     final pass            e + Pi(delta + step normalise(g)) inside the model: e's gradient reaches the embeddings
     one loss, one backward
 
-With K = 1, delta_0 is never stored: the ascent draws it again from the seed.
+With K = 1, delta_0 is never stored: the ascent draws it again from the seed. The final pass goes on from the clean
+pass's e, so that the embeddings are looked up, and differentiated, once.
 """
 
 from functools import partial
@@ -13,9 +14,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from alum_kernels.adversarial.predictions import Prediction, divergence_sum, mean_divergences, sum_and_gradients
+from alum_kernels.adversarial.ascent import ascend_divergence
+from alum_kernels.adversarial.passes import TaskPass
+from alum_kernels.adversarial.predictions import Prediction, divergence_sum, mean_divergences
 from alum_kernels.adversarial.proximal import BregmanProximal
-from alum_kernels.adversarial.step import Step, StepResult, TaskPass
+from alum_kernels.adversarial.step import Step, StepResult
 
 
 def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult:
@@ -31,10 +34,10 @@ def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult
         parts.append(config.proximal * proximity)
 
     if step.weights.perturbs and config.steps > 0:
-        start = _ascend_divergence(step, task) if climbs_divergence else _ascend_task(step)
+        start = ascend_divergence(step, task) if climbs_divergence else _ascend_task(step)
     # one forward a backward is the wrapper's: the clean pass, where there is one
     model = step.model if task is None else step.inner
-    perturb = partial(step.perturbation.perturb, telemetry=config.telemetry, keep_delta=step.check_signal)
+    perturb = partial(step.perturbation.perturb, telemetry=config.telemetry, keep_delta=step.keeps_delta)
     if step.weights.adversarial > 0:
         final = step.run_task(model, perturb)
         adv, adversarial_loss = final.predictions, final.loss
@@ -44,21 +47,17 @@ def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult
         adv = step.predict(model, perturb)
     if step.weights.divergence > 0:
         means = mean_divergences(adv, task.predictions, config)
-        divergence = means.sum()
+        divergence = weighted(means, task)
         parts.append(step.weights.divergence * divergence)
+        climbed = start if config.ascent == "divergence" else None
+        report_divergence(step, climbed, adv, task.predictions, means, divergence)
     if config.telemetry:
         figures = step.perturbation.figures()
-        if step.weights.divergence > 0 and start is not None and config.ascent == "divergence":
-            figures |= {"start": start, "end": _sum_of(step, adv, task.predictions, means)}
-        elif start is not None and config.ascent == "task" and adversarial_loss is not None:
-            figures |= {"task_increase": adversarial_loss - start}
-        if step.weights.divergence > 0:
-            figures["divergence"] = divergence
+        if start is not None and config.ascent == "task" and adversarial_loss is not None:
+            figures["task_increase"] = adversarial_loss - start
         if proximity is not None:
             figures["proximal"] = proximity
         step.telemetry.add(**figures)
-    if step.check_signal and step.weights.divergence > 0:
-        _check_signal(step, adv, task.predictions)
     return StepResult(
         loss=sum(parts[1:], parts[0]),
         task_loss=task.loss,
@@ -69,21 +68,25 @@ def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult
     )
 
 
-def _ascend_divergence(step: Step, task: TaskPass) -> Tensor:
-    """Climb the divergence from the clean prediction; the summed divergence at the start."""
-    config = step.config
-    fixed = [part.detached() for part in task.predictions]
-    if config.steps > 1:
-        fixed = [part.with_products() for part in fixed]
-    start = None
-    for _ in range(config.steps):
-        leaves = step.leaves()
-        with torch.enable_grad():
-            adv = step.predict(step.inner, lambda index, output, leaves=leaves: leaves[index].clone())
-        total, grads = sum_and_gradients(adv, fixed, leaves, config, config.ascent_divergence)
-        step.perturbation.climb(step.required(grads))
-        start = total if start is None else start
-    return start
+def weighted(means: Tensor, task: TaskPass) -> Tensor:
+    """The divergence of a step, of the mean over the perturbed rows of each head."""
+    return means.sum() if task.shares is None else (means * task.shares).sum()
+
+
+def report_divergence(
+    step: Step,
+    start: Tensor | None,
+    adv: list[Prediction],
+    clean: list[Prediction],
+    means: Tensor,
+    divergence: Tensor,
+) -> None:
+    """Figures of the divergence at delta_K; ``start`` is the sum at delta_0, None where it was not climbed."""
+    if step.config.telemetry:
+        climbed = {} if start is None else {"start": start, "end": _sum_of(step, adv, clean, means)}
+        step.telemetry.add(divergence=divergence, **climbed)
+    if step.check_signal:
+        _check_signal(step, adv, clean)
 
 
 def _ascend_task(step: Step) -> Tensor:
@@ -95,7 +98,7 @@ def _ascend_task(step: Step) -> Tensor:
 
         def replace(index: int, output: Tensor, leaves: dict[int, Tensor] = leaves) -> Tensor:
             if index not in leaves:
-                step.perturbation.record(index, output.detach().clone())
+                step.perturbation.record(index, output.detach())
                 leaves[index] = step.perturbation.leaf(index)
             return leaves[index].clone()
 

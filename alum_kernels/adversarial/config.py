@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alum_kernels.adversarial.config_checks import check_combination
 from alum_kernels.adversarial.heads import POSITIONS
 from alum_kernels.adversarial.presets import PRESETS, Presets
 from alum_kernels.adversarial.schedule import Points, check_points, check_start
@@ -24,6 +25,8 @@ UNITS = ("absolute", "rms", "std")
 SITES = ("embeddings", "embedding_norm", "embedding_norm_input")
 SIDES = ("encoder", "decoder", "both")
 DROPOUT = ("shared", "independent", "off")
+ASCENT_DTYPES = ("float32", "bfloat16", "float16", "float8")
+MEMORY = ("high", "low")
 
 _CHOICES = {
     "ascent": ASCENTS,
@@ -41,6 +44,7 @@ _CHOICES = {
     "ascent_divergence": DIVERGENCES,
     "gradient": GRADIENTS,
     "dropout": DROPOUT,
+    "memory": MEMORY,
     "positions": POSITIONS,
 }
 _MAGNITUDES = (
@@ -54,7 +58,8 @@ _MAGNITUDES = (
     "epsilon",
     "proximal",
 )
-_COUNTS = ("steps", "inner_steps", "proximal_interval", "signal_check_interval", "seed")
+_COUNTS = ("steps", "inner_steps", "ascent_depth", "signal_check_interval", "seed")
+_PERIODS = ("proximal_interval", "adversarial_interval", "delta_lifetime")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +129,26 @@ class AdversarialConfig(Presets):
             where it cannot be; False forms the logits; None forms them only where it must, and warns why.
         backend: of the ops; None picks the fastest that can serve.
 
+    What they cost:
+        ascent_dtype: precision of the ascent's passes where it is not that of the training: ``"bfloat16"``,
+            ``"float16"`` or ``"float32"`` as of ``torch.autocast``, or ``"float8"``, whose linear layers torchao
+            computes (Hopper and later). Where the signal is checked, ``ascent_cosine`` is the cosine of its first
+            gradient with that of the training's precision. CUDA draws other dropout masks in another dtype.
+        ascent_depth: number of layers below the perturbation: 0 perturbs the embeddings, k the hidden state after k
+            layers, which perturbed passes then skip. Another regulariser: the lower layers and the embeddings are
+            trained by it, but not probed.
+        adversarial_fraction: share of each batch's samples, chosen at random, that the divergence is computed on. Its
+            sum is divided by that share of all rows, so that the expected gradient is that of the whole batch.
+        adversarial_interval: the adversarial terms are there in every so-manieth optimizer step only, with so many
+            times their weight: the mean over the steps is the same, where the model stands still.
+        delta_lifetime: so many visits of a sample its perturbation serves: climbed at the first, taken as it is at the
+            others, which have no ascent. Needs ``samples=`` of :meth:`AdversarialObjective.forward`.
+        labelled_capacity: share of a batch's positions that may have a label, of a language model trained without its
+            logits. None reads the number of labels from the device, once a batch; with a capacity nothing waits, and
+            a batch with more labels has a loss of NaN.
+        memory: ``"low"`` holds the graph of one pass at a time, and runs the clean pass twice; needs
+            :meth:`AdversarialObjective.backward`.
+
     In the course of the training:
         start: the adversary begins here, the standard objective comes before: an optimizer step (int), or a share of
             the training (float).
@@ -185,6 +210,14 @@ class AdversarialConfig(Presets):
     fused_head: bool | None = None
     backend: str | None = None
 
+    ascent_dtype: str | None = None
+    ascent_depth: int = 0
+    adversarial_fraction: float = 1.0
+    adversarial_interval: int = 1
+    delta_lifetime: int = 1
+    labelled_capacity: float | None = None
+    memory: str = "high"
+
     start: int | float = 0
     alpha_schedule: Points = ()
     epsilon_schedule: Points = ()
@@ -216,8 +249,14 @@ class AdversarialConfig(Presets):
             object.__setattr__(self, name, check_points(name, getattr(self, name)))
         check_start("start", self.start)
         self._check_momentum()
-        check_count("proximal_interval", self.proximal_interval, least=1)
-        self._check_combination()
+        for name in _PERIODS:
+            check_count(name, getattr(self, name), least=1)
+        if self.ascent_dtype is not None:
+            check_choice("ascent_dtype", self.ascent_dtype, ASCENT_DTYPES)
+        self._check_share("adversarial_fraction", self.adversarial_fraction)
+        if self.labelled_capacity is not None:
+            self._check_share("labelled_capacity", self.labelled_capacity)
+        check_combination(self)
 
     def _check_members(self, name: str, kind: type, what: str) -> None:
         """A tuple of the field, whose members are of one type."""
@@ -229,6 +268,12 @@ class AdversarialConfig(Presets):
                 raise TypeError(f"{name}: expected {what}, got {member!r}")
         object.__setattr__(self, name, tuple(value))
 
+    @staticmethod
+    def _check_share(name: str, value: float) -> None:
+        check_magnitude(name, value)
+        if not 0 < value <= 1:
+            raise ValueError(f"{name}: expected a number > 0 and at most 1, got {value}")
+
     def _check_momentum(self) -> None:
         momentum = self.proximal_momentum
         number = isinstance(momentum, int | float) and not isinstance(momentum, bool)
@@ -238,71 +283,16 @@ class AdversarialConfig(Presets):
         if not number:
             object.__setattr__(self, "proximal_momentum", points)
 
-    def _check_combination(self) -> None:
-        """Refuse what no step could do."""
-        linearises = self.linearity > 0 or self.linearity_gradient > 0
-        if not (self.alpha or self.clean_weight or self.adversarial_weight or linearises):
-            raise ValueError(
-                "alpha, clean_weight, adversarial_weight: expected one of them > 0, nothing would be trained"
-            )
-        if self.backward != "final":
-            if self.alpha or self.clean_weight or self.proximal or self.ascent != "task":
-                raise ValueError(
-                    f"backward: {self.backward!r} trains on the task's loss at the perturbed point alone, so expected "
-                    "alpha, clean_weight and proximal 0 and ascent 'task'"
-                )
-            if self.normalize == "none":
-                raise ValueError(
-                    f"normalize: expected 'linf', 'l2' or 'sign' with backward={self.backward!r}, whose gradients "
-                    "carry the trainer's loss scale"
-                )
-        if self.backward == "replay" and self.adversarial_weight == 0:
-            raise ValueError("adversarial_weight: expected a number > 0 with backward='replay', got 0")
-        if self.first_layer is not None and self.inner_steps == 0:
-            raise ValueError(f"first_layer: expected None without inner_steps, got {self.first_layer!r}")
-        if self.inner_steps and self.backward != "accumulate":
-            raise ValueError(f"inner_steps: expected 0 unless backward is 'accumulate', got {self.inner_steps}")
-        if linearises != self.climbs_linearity:
-            raise ValueError(
-                "linearity, linearity_gradient: expected one of them > 0 with ascent='linearity' and both 0 without, "
-                f"got {self.linearity}, {self.linearity_gradient} and ascent={self.ascent!r}"
-            )
-        if self.climbs_linearity and (self.alpha or self.adversarial_weight):
-            raise ValueError(
-                "alpha, adversarial_weight: expected 0 with ascent='linearity', whose perturbation belongs to the "
-                f"linearity terms alone, got {self.alpha} and {self.adversarial_weight}"
-            )
-        if self.climbs_linearity and self.steps and self.std == 0:
-            raise ValueError(
-                "std: expected a number > 0 with ascent='linearity', got 0: the loss is linear at no distance, and "
-                "nothing could be climbed"
-            )
-        if self.signal_check_interval and not (self.alpha or linearises):
-            raise ValueError(
-                "signal_check_interval: expected 0 where alpha is 0 and ascent not 'linearity': none is checked"
-            )
-        if self.signal_check_interval and self.dropout == "independent":
-            raise ValueError(
-                "signal_check_interval: expected 0 with dropout='independent', whose masks differ between J(delta) and "
-                "J(delta / 2)"
-            )
-        if self.alpha_schedule and not (self.alpha or linearises):
-            raise ValueError("alpha_schedule: expected () where alpha and the weights of linearity are 0")
-        if self.modules and (self.site != "embeddings" or self.side != "encoder"):
-            raise ValueError(
-                "modules: expected () with a site or a side other than the default, which name modules too"
-            )
-
-    @property
-    def perturbs(self) -> bool:
-        """Whether a step has a perturbed pass."""
-        return self.alpha > 0 or self.adversarial_weight > 0 or self.climbs_linearity
-
     @property
     def compares(self) -> bool:
         """Whether predictions are read, so that a head is needed."""
         compared = self.alpha > 0 or self.proximal > 0 or (self.adversarial_weight > 0 and self.climbs_divergence)
         return compared or self.climbs_linearity
+
+    @property
+    def trains_in_parts(self) -> bool:
+        """Whether a step has several backwards, all but the last its own."""
+        return self.backward != "final" or self.memory == "low"
 
     @property
     def climbs_divergence(self) -> bool:

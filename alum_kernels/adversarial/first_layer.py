@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alum_kernels.adversarial.layers import layer_list
+
 
 class _Reached(Exception):  # noqa: N818 (control flow, no error)
     """Ends a forward pass at the first layer's output."""
@@ -31,7 +33,14 @@ class FirstLayer:
 
     def __init__(self, model: nn.Module, name: str | None = None, *, decoder: bool = False) -> None:
         modules = dict(model.named_modules(remove_duplicate=False))
-        name = _first_of_longest(model, modules, decoder) if name is None else name
+        if name is None:
+            layers = layer_list(model, decoder=decoder)
+            if layers is None:
+                raise ValueError(
+                    f"first_layer: {type(model).__name__} has no list of layers; name the module that ends its first "
+                    "layer"
+                )
+            name = f"{layers}.0"
         if name not in modules:
             raise ValueError(f"first_layer: {type(model).__name__} has no module named {name!r}")
         self.name = name
@@ -50,10 +59,8 @@ class FirstLayer:
 
         return self._run(forward, watch)
 
-    def gradient(
-        self, forward: Callable[[], Any], leaves: Callable[[], Sequence[Tensor]], upstream: Tensor
-    ) -> list[Tensor]:
-        """The gradient of ``upstream`` . (first layer's output) to ``leaves()``; ``forward`` runs no further than that.
+    def gradient(self, forward: Callable[[], Any], leaves: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+        """The gradient of ``upstream`` . (first layer's output) to the leaves; ``forward`` runs no further than that.
 
         Raises:
             ValueError: the pass ended without running the first layer, or the leaves do not reach it.
@@ -65,7 +72,7 @@ class FirstLayer:
         try:
             self._run(forward, stop)
         except _Reached as reached:
-            grads = torch.autograd.grad(reached.output, list(leaves()), grad_outputs=upstream, allow_unused=True)
+            grads = torch.autograd.grad(reached.output, list(leaves), grad_outputs=upstream, allow_unused=True)
             if any(grad is None for grad in grads):
                 raise ValueError(
                     f"first_layer: the output of {self.name} does not depend on the perturbation"
@@ -86,20 +93,3 @@ class FirstLayer:
             if not isinstance(found, Tensor):
                 raise TypeError(f"first_layer: expected {self.name} to give a tensor, got {type(output).__name__}")
             self._on_output(found)
-
-
-def _first_of_longest(model: nn.Module, modules: dict[str, nn.Module], decoder: bool) -> str:
-    side = set(model.modules())
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        side = set((model.get_decoder() if decoder else model.get_encoder()).modules())
-    lists = {
-        name: len(module)
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and len(module) and module in side
-    }
-    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    if not outermost:
-        raise ValueError(
-            f"first_layer: {type(model).__name__} has no list of layers; name the module that ends its first layer"
-        )
-    return max(outermost, key=lists.__getitem__) + ".0"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alum_kernels.adversarial.labels import IGNORED_LABEL, LABEL_KEYS
+from alum_kernels.adversarial.labels import IGNORED_LABEL, without_labels
 from alum_kernels.adversarial.model_state import unwrap
 from alum_kernels.adversarial.positions import continued_positions, visible_positions
 from alum_kernels.ops.checks import check_choice
@@ -91,7 +91,7 @@ class Head:
         Raises:
             ValueError: the decoder's inputs are missing and the model or the batch has no means to make them.
         """
-        inputs = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+        inputs = without_labels(batch)
         given = any(batch.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds"))
         if self.name == "seq2seq_lm" and not given:
             shifted = getattr(unwrap(model), "prepare_decoder_input_ids_from_labels", None)

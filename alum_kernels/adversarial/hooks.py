@@ -1,7 +1,8 @@
 """How a model is perturbed: forward hooks at its sites, inert outside the passes of a step.
 
 The hooks are installed once, before anybody compiles the model. A pass runs inside ``recording`` (the tensor at each
-site is kept and stays as it is) or ``replacing`` (it is replaced); outside of both the hooks do nothing.
+site is kept and stays as it is) or ``replacing`` (it is replaced); outside of both the hooks do nothing. Where the
+tensor is known from a pass before, an embedding is not looked up again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,13 @@ class PerturbationHooks:
         self.sites = tuple(sites)
         self.names = tuple(site.name for site in sites)
         self._replace: Callable[[int, Tensor], Tensor | None] | None = None
+        self._known: Sequence[Tensor] | None = None
+        # one function for every pass: a compiled model would take another one for another model
+        self._lookups = [
+            (site.module, partial(self._known_tensor, index))
+            for index, site in enumerate(self.sites)
+            if type(site.module) is nn.Embedding and not site.on_input
+        ]
         self._used = False
         self._calls = [0] * len(self.sites)
         self._handles = [
@@ -56,30 +64,46 @@ class PerturbationHooks:
             end = "input" if self.sites[index].on_input else "output"
             raise TypeError(f"{self.names[index]}: expected a floating-point (B, S, H) {end} to perturb, got {came}")
         self._calls[index] += 1
-        return self._replace(index, tensor)
+        return self._replace(index, tensor if self._known is None else self._known[index])
+
+    def _known_tensor(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
+        return self._known[index]
 
     @contextmanager
-    def replacing(self, replace: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-        """Within the context, ``replace(index, tensor)`` takes the place of the tensor at each site (None keeps it)."""
-        self._replace = replace
+    def replacing(
+        self, replace: Callable[[int, Tensor], Tensor | None], known: Sequence[Tensor] | None = None
+    ) -> Iterator[None]:
+        """Within the context, ``replace(index, tensor)`` takes the place of the tensor at each site (None keeps it).
+
+        ``known`` are these tensors, of each site: the pass's own are not used then, and embeddings not looked up.
+        """
+        self._replace, self._known = replace, known
         self._used = True
         self._calls = [0] * len(self.names)
+        skipped = [] if known is None else [pair for pair in self._lookups if "forward" not in vars(pair[0])]
+        for module, give in skipped:
+            module.forward = give
         try:
             yield
         finally:
-            self._replace = None
+            self._replace = self._known = None
+            for module, _ in skipped:
+                del module.forward  # the class's own is found again
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
-        """Within the context tensors stay as they are; the list receives a detached copy of that at each site.
+        """Within the context tensors stay as they are; the list receives that at each site, part of the graph.
+
+        The model goes on with copies, which it may change in place.
 
         Raises:
             RuntimeError: at the end of the context, if a module did not run exactly once.
         """
         recorded: list[Tensor] = [torch.empty(0)] * len(self.names)
 
-        def keep(index: int, tensor: Tensor) -> None:
-            recorded[index] = tensor.detach().clone()
+        def keep(index: int, tensor: Tensor) -> Tensor:
+            recorded[index] = tensor
+            return tensor.clone()
 
         with self.replacing(keep):
             yield recorded

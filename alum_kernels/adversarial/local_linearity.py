@@ -116,11 +116,11 @@ def _run_clean(step: Step) -> tuple[TaskPass, list[Tensor]]:
 
     def watch(index: int, output: Tensor) -> Tensor:
         live[index] = output if output.requires_grad else output.detach().requires_grad_()
-        step.perturbation.record(index, output.detach().clone())
+        step.perturbation.record(index, output.detach())
         return live[index].clone()  # a model may change what it gets in place
 
     with torch.enable_grad(), step.hooks.replacing(watch):
-        task = step.task(step.inner)
+        task = step.task(step.inner, step.whole)
     step.hooks.check_calls()
     return task, [live[index] for index in range(len(live))]
 

@@ -1,49 +1,39 @@
 """One adversarial training step around an unchanged model.
 
-What a step runs is in ``at_the_end.py``, ``on_the_way.py`` and ``local_linearity.py``; here are its loss, its seeds
-and its state. A language model's predictions are compared without its logits where its head allows it
-(``fused_head.py``).
+``run.py`` runs a step; here is what it depends on besides the batch: how far the training is, the seeds of the noise,
+the teacher.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from alum_kernels.adversarial.at_the_end import train_at_the_end
+from alum_kernels.adversarial.captured import CapturedStep
 from alum_kernels.adversarial.config import AdversarialConfig
-from alum_kernels.adversarial.first_layer import FirstLayer
-from alum_kernels.adversarial.fused_head import FusedHead
 from alum_kernels.adversarial.heads import Head, detect_head
-from alum_kernels.adversarial.hooks import PerturbationHooks
 from alum_kernels.adversarial.linear_head import LinearHead
-from alum_kernels.adversarial.local_linearity import check_second_derivatives, train_local_linearity
-from alum_kernels.adversarial.model_state import (
-    RandomState,
-    device_of,
-    dropout_off,
-    dropout_off_in_backward,
-    has_static_graph,
-    unwrap,
-)
-from alum_kernels.adversarial.on_the_way import train_on_the_way
+from alum_kernels.adversarial.local_linearity import check_second_derivatives
+from alum_kernels.adversarial.model_state import RandomState, device_of, has_static_graph, unwrap
 from alum_kernels.adversarial.output import AdversarialOutput
-from alum_kernels.adversarial.passes import LinearPasses, LogitPasses, Passes, loss_of, without_labels
-from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
-from alum_kernels.adversarial.proximal import BregmanProximal
-from alum_kernels.adversarial.sample_losses import SampleLosses
+from alum_kernels.adversarial.proximal import Teaching
+from alum_kernels.adversarial.run import (
+    Backward,
+    Draw,
+    LossFunction,
+    Plan,
+    RunTask,
+    Samples,
+    StepRunner,
+    TaskOptions,
+    Update,
+)
 from alum_kernels.adversarial.schedule import Progress
-from alum_kernels.adversarial.sites import perturbed_sites
-from alum_kernels.adversarial.step import Step, StepResult, TaskPass, Weights
+from alum_kernels.adversarial.seeds import NoiseSeeds
+from alum_kernels.adversarial.step import RepeatedState, weights_of
 from alum_kernels.adversarial.telemetry import Telemetry
 from alum_kernels.ops.checks import check_count
-
-LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
-RunTask = Callable[[nn.Module], tuple[Tensor, Any]]
-Backward = Callable[[Tensor], None]
 
 
 class AdversarialObjective:
@@ -99,28 +89,19 @@ class AdversarialObjective:
         self.head = _head_of(inner, head, config)
         if config.climbs_linearity:
             check_second_derivatives(inner)
-        if loss is not None:
-            self._refuse_other_losses("loss")
         self.telemetry = Telemetry()
-        self._loss = loss
-        self._hooks = PerturbationHooks(perturbed_sites(inner, config.modules, site=config.site, side=config.side))
-        self._first_layer = None
-        if config.inner_steps:
-            self._first_layer = FirstLayer(inner, config.first_layer, decoder=self._hooks.sites[0].decoder)
-        self._generator: torch.Generator | None = None
-        self._generator_state: Tensor | None = None
-        self._constants = DeviceConstants(config)
+        self._runner = StepRunner(model, config, self.head, loss, self.telemetry)
+        if loss is not None:
+            self._runner.refuse_other_losses("loss")
+        self._seeds = NoiseSeeds(config.seed)
         self._steps = 0
         self._progress: Progress | None = None
-        self._proximal: BregmanProximal | None = None
-        self._proximal_state: Mapping[str, Any] | None = None
-        self._following: RemovableHandle | None = None
-        self._fused = FusedHead(model, self.head, config, own_loss=loss is None)
+        self._teaching = Teaching(model, config, self._now)
 
     @property
     def linear_head(self) -> LinearHead | None:
         """The head by which a language model is trained without its logits; None where it goes through them."""
-        return self._fused.linear
+        return self._runner.fused.linear
 
     def __call__(self, **batch: Any) -> AdversarialOutput:
         """The loss of one batch, with a fresh draw of noise; call ``.loss.backward()`` on the result."""
@@ -131,7 +112,8 @@ class AdversarialObjective:
         batch: Mapping[str, Any],
         scale: float | Tensor = 1.0,
         backward: Backward | None = None,
-        update: Callable[[], None] | None = None,
+        update: Update | None = None,
+        samples: Samples | None = None,
     ) -> dict[str, Tensor]:
         """All passes of one batch, backward included; gradients are in ``.grad``, as after ``loss.backward()``.
 
@@ -141,14 +123,24 @@ class AdversarialObjective:
             backward: how to differentiate, such as ``accelerator.backward``; None calls ``Tensor.backward``.
             update: a step of the optimizer, with zeroed gradients after it, for methods that replay a batch
                 (``config.backward == "replay"``); called between replays, the update after the last is the caller's.
+            samples: as of :meth:`forward`.
 
         Returns:
             Detached device scalars ``loss``, ``task_loss`` and ``divergence``, before ``scale``.
         """
         differentiate = backward or Tensor.backward
-        output = self.forward(batch, backward=lambda loss: differentiate(loss * scale), update=update)
+        output = self.forward(batch, backward=lambda loss: differentiate(loss * scale), update=update, samples=samples)
         differentiate(output.loss * scale)
-        return {"loss": output.loss.detach(), "task_loss": output.task_loss, "divergence": output.divergence}
+        return output.figures()
+
+    def capture(self, example_batch: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> CapturedStep:
+        """A whole step as one CUDA graph for each shape of batch.
+
+        Args:
+            example_batch: arguments of the model, labels included, as they will come.
+            optimizer: becomes part of the step; None leaves the gradients to the caller.
+        """
+        return CapturedStep(self, example_batch, optimizer)
 
     def forward(
         self,
@@ -160,14 +152,16 @@ class AdversarialObjective:
         sample_offset: int = 0,
         delta: Sequence[Tensor] | None = None,
         backward: Backward | None = None,
-        update: Callable[[], None] | None = None,
+        update: Update | None = None,
+        samples: Samples | None = None,
     ) -> AdversarialOutput:
         """The loss of one batch.
 
         Args:
             batch: arguments of the model, labels included.
-            run_task: a trainer's own way to run a model on the batch, giving (task loss, output); called with this
-                model, or with the one inside ``DistributedDataParallel``. None runs ``model(**batch)``.
+            run_task: a trainer's own way to run a model, giving (task loss, output); called with this model, or with
+                the one inside ``DistributedDataParallel``, and the batch or some samples of it. None runs
+                ``model(**batch)``.
             standard_loss: the loss of ``run_task`` is the model's own mean over the labels, so that a linear head may
                 stand in for it.
             seed: one-element int64 tensor, see :meth:`draw_seed`; None draws one. Batches that are accumulated into one
@@ -177,6 +171,8 @@ class AdversarialObjective:
             backward: differentiates the loss of every pass but the last, whose loss is returned; needed by methods that
                 train on every pass.
             update: as in :meth:`backward`.
+            samples: an identifier of each sample, such as its index in the dataset, on the host (B ints); needed by
+                ``config.delta_lifetime``.
 
         Returns:
             The loss to differentiate, its parts, and what the model returned.
@@ -186,90 +182,63 @@ class AdversarialObjective:
                 :meth:`follow` or :meth:`set_progress` that it did not get.
             RuntimeError: a perturbed module did not run exactly once in a pass.
         """
+        self._check_call(backward, update, samples)
+        plan = self.begin_step()
+        if seed is None and (plan.weights.perturbs or plan.proximal is not None):
+            seed = self.draw_seed()
+        return self.run_step(
+            batch,
+            plan,
+            Draw(seed, sample_offset, delta, samples),
+            TaskOptions(run_task, standard_loss, backward, update),
+        )
+
+    def begin_step(self) -> Plan:
+        """Count a step, and what the course of the training makes of it."""
+        progress = self._now()
+        self._steps += 1
+        interval = self.config.signal_check_interval
+        plan = Plan(
+            weights=weights_of(self.config, progress),
+            size=1.0,
+            check_signal=interval > 0 and self._steps % interval == 0,
+            proximal=self._teaching.teacher(),
+        )
+        if not plan.weights.perturbs:
+            return plan
+        size = progress.value("epsilon_schedule", self.config.epsilon_schedule)
+        self._runner.scale(size)
+        return plan._replace(size=size)
+
+    def run_step(
+        self,
+        batch: Mapping[str, Any],
+        plan: Plan,
+        draw: Draw,
+        options: TaskOptions,
+        random: Callable[[torch.device], RepeatedState] = RandomState,
+    ) -> AdversarialOutput:
+        """A step as planned; ``random`` makes the state of dropout's generators that its passes repeat."""
+        return AdversarialOutput.of(self._runner.run(self.model, batch, plan, draw, options, random))
+
+    def _check_call(self, backward: Backward | None, update: Update | None, samples: Samples | None) -> None:
         config = self.config
-        self._check_call(backward, update)
-        own_loss = run_task is None or standard_loss
-        if not own_loss:
-            self._refuse_other_losses("run_task")
-        inputs = self._inputs(batch)
-        with dropout_off(self.model) if config.dropout == "off" else nullcontext():
-            linear = self._fused.of_batch(self.model, batch, own_loss)
-            if linear is not None:
-                passes = LinearPasses(self.head, batch, config.positions, linear)
-            else:
-                passes = LogitPasses(self.head, batch, config.positions) if config.compares else None
-
-            def task(model: nn.Module) -> TaskPass:
-                if linear is not None:
-                    return TaskPass(*passes.run_clean(lambda: model(**inputs)))
-                loss, outputs = run_task(model) if run_task is not None else self._run_task(model, batch)
-                return TaskPass(loss, outputs, [] if passes is None else passes.read(outputs))
-
-            draw = (seed, sample_offset, delta)
-            result = self._run_step(batch, inputs, passes, task, draw, backward, update)
-        if config.dropout == "off" and result.loss.requires_grad:
-            dropout_off_in_backward(self.model, result.loss)
-        return AdversarialOutput.of(result)
-
-    def _check_call(self, backward: Backward | None, update: Callable[[], None] | None) -> None:
-        config = self.config
-        if config.backward != "final" and backward is None:
-            raise ValueError(
-                f"backward: {config.method} trains on every pass of an ascent, call AdversarialObjective.backward"
-            )
+        if config.trains_in_parts and backward is None:
+            why = "holds one graph at a time" if config.backward == "final" else "trains on every pass of an ascent"
+            raise ValueError(f"backward: {config.method} {why}, call AdversarialObjective.backward")
+        if (samples is None) != (config.delta_lifetime == 1):
+            wanted = "an identifier of each sample" if samples is None else "None"
+            raise ValueError(f"samples: expected {wanted} with delta_lifetime {config.delta_lifetime}")
         if (update is not None) != (config.backward == "replay"):
             wanted = (
                 "an optimizer step between the replays" if update is None else "None: only 'replay' methods take one"
             )
             raise ValueError(f"update: expected {wanted}, got {'None' if update is None else 'one'}")
-        if config.backward != "final" and has_static_graph(self.model):
+        if config.trains_in_parts and has_static_graph(self.model):
             raise ValueError(
                 f"model: expected DistributedDataParallel without static_graph for {config.method}, whose steps have "
                 "several backwards"
             )
-
-    def _run_step(
-        self,
-        batch: Mapping[str, Any],
-        inputs: Mapping[str, Any],
-        passes: Passes | None,
-        task: Callable[[nn.Module], TaskPass],
-        draw: tuple[Tensor | None, int, Sequence[Tensor] | None],
-        backward: Backward | None,
-        update: Callable[[], None] | None,
-    ) -> StepResult:
-        config, device = self.config, device_of(unwrap(self.model))
-        progress = self._progress or Progress(self._steps)
-        self._steps += 1
-        weights = _weights_of(config, progress)
-        proximal = self._teacher() if config.proximal > 0 else None
-        if not weights.perturbs and proximal is None:
-            loss, outputs, _ = task(self.model)
-            return StepResult(weights.clean * loss, loss, outputs)
-        self._constants.scale(progress.value("epsilon_schedule", config.epsilon_schedule))
-        seed, sample_offset, delta = draw
-        seed = self.draw_seed(device) if seed is None else seed
-        sites, known = self._hooks.sites, {**inputs, **batch}
-        interval = config.signal_check_interval
-        step = Step(
-            config=config,
-            model=self.model,
-            hooks=self._hooks,
-            inputs=inputs,
-            task=task,
-            passes=passes,
-            perturbation=Perturbation(config, self._constants, sites, known, seed, sample_offset, delta),
-            random=RandomState(device) if config.dropout == "shared" else None,
-            telemetry=self.telemetry,
-            weights=weights,
-            sample_losses=SampleLosses(self.head, batch) if config.climbs_linearity else None,
-            check_signal=interval > 0 and self._steps % interval == 0,
-        )
-        if config.climbs_linearity:
-            return train_local_linearity(step, proximal)
-        if config.backward == "final":
-            return train_at_the_end(step, proximal)
-        return train_on_the_way(step, backward, update, self._first_layer)
 
     def set_progress(self, step: int, total: int | None = None) -> None:
         """Tell schedules how far the training is.
@@ -291,87 +260,34 @@ class AdversarialObjective:
         Raises:
             ValueError: the config has no proximal term, or a checkpoint's teacher has other parameters.
         """
-        if self.config.proximal == 0:
-            raise ValueError("proximal: expected a weight > 0 where a teacher is to follow, got 0")
-        proximal = BregmanProximal(self.model, self.config.proximal_interval, self._momentum)
-        if self._proximal_state is not None:
-            proximal.load_state_dict(self._proximal_state)
-            self._proximal_state = None
-        if self._following is not None:
-            self._following.remove()
-        self._proximal = proximal
-        self._following = optimizer.register_step_post_hook(lambda *_: proximal.step())
-
-    def _momentum(self) -> float:
-        momentum = self.config.proximal_momentum
-        if isinstance(momentum, int | float):
-            return momentum
-        return (self._progress or Progress(self._steps)).value("proximal_momentum", momentum, default=0.0)
-
-    def _teacher(self) -> BregmanProximal:
-        if self._proximal is None:
-            raise ValueError(
-                "proximal: expected an optimizer that the teacher follows; call AdversarialObjective.follow(optimizer)"
-            )
-        return self._proximal
-
-    def _refuse_other_losses(self, argument: str) -> None:
-        """A loss that is not the head's own cannot be taken apart into samples."""
-        if self.config.climbs_linearity:
-            raise ValueError(
-                f"{argument}: expected the model's own loss with ascent='linearity', which takes the loss of each "
-                "sample from logits and labels, got another loss"
-            )
+        self._teaching.follow(optimizer)
 
     def draw_seed(self, device: torch.device | None = None) -> Tensor:
         """The next seed of the noise, a one-element int64 tensor on ``device`` (the model's, if None)."""
         device = device_of(unwrap(self.model)) if device is None else device
-        device = torch.empty(0, device=device).device  # "cuda" and "cuda:0" are one place
-        if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device).manual_seed(self.config.seed)
-            if self._generator_state is not None:
-                self._generator.set_state(self._generator_state)
-                self._generator_state = None
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=self._generator)
+        return self._seeds.draw(device)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs so that the noise, and the teacher, go on where they stopped."""
-        state = self._generator_state if self._generator is None else self._generator.get_state()
-        teacher = self._proximal_state if self._proximal is None else self._proximal.state_dict()
-        return {"generator": state, "steps": self._steps, "proximal": teacher}
+        return {
+            "generator": self._seeds.get_state(),
+            "steps": self._steps,
+            "proximal": self._teaching.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a checkpoint; a teacher in it is taken up by the one that follows the optimizer."""
         self._steps = state["steps"]
-        self._generator, self._generator_state = None, state["generator"]
-        self._proximal_state = state.get("proximal")
-        if self._proximal is not None and self._proximal_state is not None:
-            self._proximal.load_state_dict(self._proximal_state)
-            self._proximal_state = None
+        self._seeds.set_state(state["generator"])
+        self._teaching.load_state_dict(state.get("proximal"))
 
     def remove_hooks(self) -> None:
         """Take the wrapper's hooks off the model and the optimizer; the objective cannot be used afterwards."""
-        self._hooks.remove()
-        if self._first_layer is not None:
-            self._first_layer.remove()
-        if self._following is not None:
-            self._following.remove()
+        self._runner.remove()
+        self._teaching.stop()
 
-    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return without_labels(batch) if self.head is None else self.head.inputs(batch, self.model)
-
-    def _run_task(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        if self._loss is not None:
-            outputs = model(**self._inputs(batch))
-            return self._loss(outputs, batch), outputs
-        outputs = model(**batch)
-        loss = loss_of(outputs)
-        if loss is None:
-            raise ValueError(
-                "batch: expected 'labels', since the model computed no loss; "
-                f"got {', '.join(batch) or 'an empty batch'}. Pass loss= if the loss is your own"
-            )
-        return loss, outputs
+    def _now(self) -> Progress:
+        return self._progress or Progress(self._steps)
 
 
 def _head_of(model: nn.Module, name: str | None, config: AdversarialConfig) -> Head | None:
@@ -384,17 +300,3 @@ def _head_of(model: nn.Module, name: str | None, config: AdversarialConfig) -> H
         if config.compares:
             raise
         return None
-
-
-def _weights_of(config: AdversarialConfig, progress: Progress) -> Weights:
-    """What each term weighs now: before the start, the task's loss alone."""
-    if not progress.started(config.start):
-        return Weights(1.0, 0.0, 0.0, 0.0, 0.0)
-    factor = progress.value("alpha_schedule", config.alpha_schedule)
-    return Weights(
-        clean=config.clean_weight,
-        adversarial=config.adversarial_weight,
-        divergence=factor * config.alpha,
-        linearity=factor * config.linearity,
-        linearity_gradient=factor * config.linearity_gradient,
-    )

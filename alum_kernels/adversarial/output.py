@@ -43,6 +43,10 @@ class AdversarialOutput:
             parts["divergence"] = torch.zeros_like(parts["task_loss"])
         return cls(loss=loss, outputs=outputs, **parts)
 
+    def figures(self) -> dict[str, Tensor]:
+        """Detached ``loss``, ``task_loss`` and ``divergence``."""
+        return {"loss": self.loss.detach(), "task_loss": self.task_loss, "divergence": self.divergence}
+
     @property
     def logits(self) -> Tensor:
         """Logits of the pass that ``outputs`` is of.

@@ -1,27 +1,41 @@
 """How the passes over one batch are run and read: through the model's logits, or the hidden states of a linear head."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from alum_kernels.adversarial.heads import Head
-from alum_kernels.adversarial.labels import IGNORED_LABEL, LABEL_KEYS
+from alum_kernels.adversarial.labels import IGNORED_LABEL
 from alum_kernels.adversarial.linear_head import Captured, LinearHead, losses_agree
 from alum_kernels.adversarial.model_state import dropout_off
 from alum_kernels.adversarial.predictions import Prediction
-
-
-def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch without its labels; ``Head.inputs`` also makes what a model would have made from them."""
-    return {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+from alum_kernels.adversarial.samples import select_samples
 
 
 def loss_of(outputs: Any) -> Tensor | None:
     """The loss that a model computed, if it did."""
     return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+
+
+class TaskPass(NamedTuple):
+    """One pass that computes the task's loss.
+
+    Attributes:
+        loss: the task's.
+        outputs: what the model returned.
+        predictions: of the samples that are perturbed.
+        shares: (heads,) factors of the mean divergences over these samples' rows; None where they are all samples.
+    """
+
+    loss: Tensor
+    outputs: Any
+    predictions: list[Prediction]
+    shares: Tensor | None = None
 
 
 class LogitPasses:
@@ -30,6 +44,11 @@ class LogitPasses:
     def __init__(self, head: Head, batch: Mapping[str, Any], positions: str) -> None:
         self._batch = batch
         self._parts = [(part, part.row_mask(batch, positions)) for part in head.parts]
+
+    def select(self, predictions: Sequence[Prediction], index: Tensor) -> list[Prediction]:
+        """Predictions of a larger batch, for the samples of this one, which are at ``index`` in it."""
+        pairs = zip(predictions, self._parts, strict=True)
+        return [replace(given, values=given.values.index_select(0, index), mask=mask) for given, (_, mask) in pairs]
 
     def run(self, forward: Callable[[], Any]) -> list[Prediction]:
         """The predictions of a pass."""
@@ -43,19 +62,50 @@ class LogitPasses:
 class LinearPasses:
     """Passes whose token predictions are the hidden states of the compared rows, gathered before any product.
 
-    Their number, and that of the labels, is read from the device once a batch.
+    Their number, and that of the labels, is read from the device once a batch; with a ``capacity`` it is not.
+
+    Args:
+        head: what the model predicts.
+        batch: arguments of the model, labels included.
+        positions: ``"labelled"`` or ``"all"`` are compared.
+        linear: the output projection.
+        capacity: share of the positions of a batch that may have a label; None reads their number from the device. A
+            batch with more has a loss of NaN. ``"all"`` then gathers no rows to compare, and masks those of padding.
     """
 
-    def __init__(self, head: Head, batch: Mapping[str, Any], positions: str, linear: LinearHead) -> None:
+    def __init__(
+        self,
+        head: Head,
+        batch: Mapping[str, Any],
+        positions: str,
+        linear: LinearHead,
+        capacity: float | None = None,
+    ) -> None:
         self._linear, self._head, self._parts, self._tokens, self._batch = linear, head, head.parts, head.tokens, batch
         self._other_labels = {part: part.labels(batch) for part in self._parts if part != self._tokens}
         labels = self._tokens.labels(batch).flatten()
-        self._labelled = (labels != IGNORED_LABEL).nonzero().squeeze(1)
-        self._labels = labels.index_select(0, self._labelled)
-        self._compared: Tensor | None = self._labelled
+        self._labelled = chosen_rows(labels != IGNORED_LABEL, capacity)
+        self._labels = self._labelled.of(labels, IGNORED_LABEL)
+        self._compared = self._labelled
         if positions == "all":
             mask = self._tokens.row_mask(batch, positions)
-            self._compared = None if mask is None else mask.flatten().nonzero().squeeze(1)
+            if mask is None or capacity is not None:
+                self._compared = ChosenRows(None, None if mask is None else mask.flatten())
+            else:
+                self._compared = chosen_rows(mask.flatten(), None)
+
+    def select(self, predictions: Sequence[Prediction], index: Tensor) -> list[Prediction]:
+        """Predictions of a larger batch, for the samples of this one, which are at ``index`` in it."""
+        selected = []
+        for given in predictions:
+            if given.linear is None:
+                mask = given.head.row_mask(self._batch)
+                selected.append(replace(given, values=given.values.index_select(0, index), mask=mask))
+            else:
+                hidden = given.captured.hidden[0].index_select(0, index)
+                captured = Captured([hidden], given.captured.autocast)
+                selected.append(self._of_rows(given.head, captured, _gathered(captured, self._compared)))
+        return selected
 
     def run(self, forward: Callable[[], Any]) -> list[Prediction]:
         """The predictions of a pass.
@@ -103,18 +153,23 @@ class LinearPasses:
 
     def _read(self, outputs: Any, captured: Captured, compared: Tensor) -> list[Prediction]:
         return [
-            Prediction(part, compared, linear=self._linear, captured=captured)
+            self._of_rows(part, captured, compared)
             if part == self._tokens
             else Prediction(part, part.predictions(outputs, self._batch), part.row_mask(self._batch))
             for part in self._parts
         ]
+
+    def _of_rows(self, part: Head, captured: Captured, compared: Tensor) -> Prediction:
+        return Prediction(part, compared, self._compared.valid, linear=self._linear, captured=captured)
 
     def _task_loss(self, outputs: Any, captured: Captured, labelled: Tensor) -> Tensor:
         """Mean cross-entropy of the labels, zero where there is none; the sum over ``num_items_in_batch`` if given."""
         with self._linear.autocast(captured):
             total = self._linear.cross_entropy(labelled, self._labels)
         items = self._batch.get("num_items_in_batch")
-        loss = total / (max(self._labels.shape[0], 1) if items is None else items)
+        loss = total / (self._labelled.count() if items is None else items)
+        if self._labelled.overflow is not None:
+            loss = torch.where(self._labelled.overflow, torch.nan, loss)
         for part, labels in self._other_labels.items():
             logits = part.logits(outputs)
             wide = torch.promote_types(logits.dtype, torch.float32)
@@ -125,9 +180,58 @@ class LinearPasses:
 Passes = LogitPasses | LinearPasses
 
 
-def _gathered(captured: Captured, rows: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class Part:
+    """Samples that passes run on.
+
+    Attributes:
+        batch: arguments of the model, labels included.
+        inputs: the same without labels.
+        passes: reads predictions; None where none are compared.
+    """
+
+    batch: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    passes: Passes | None
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """Rows of a flat tensor.
+
+    Attributes:
+        index: (N,) their places, None for all.
+        valid: (N,) bool, which of them count; None for all.
+        overflow: whether there were more than the capacity, 0-d bool; None where that cannot be.
+    """
+
+    index: Tensor | None
+    valid: Tensor | None = None
+    overflow: Tensor | None = None
+
+    def of(self, flat: Tensor, filler: int) -> Tensor:
+        """The entries of (M,) at these rows, ``filler`` where a row does not count."""
+        rows = flat if self.index is None else flat.index_select(0, self.index)
+        return rows if self.valid is None else torch.where(self.valid, rows, filler)
+
+    def count(self) -> Tensor | int:
+        """How many count, 1 at the least."""
+        return max(self.index.shape[0], 1) if self.valid is None else self.valid.sum().clamp(min=1)
+
+
+def chosen_rows(wanted: Tensor, capacity: float | None) -> ChosenRows:
+    """The rows where ``wanted`` (M,) bool is true: as many as there are, or room for a share ``capacity`` of M."""
+    if capacity is None:
+        return ChosenRows(wanted.nonzero().squeeze(1))
+    room = math.ceil(capacity * wanted.shape[0])
+    index = torch.nonzero_static(wanted, size=room, fill_value=0).squeeze(1)
+    count = wanted.sum()
+    return ChosenRows(index, torch.arange(room, device=wanted.device) < count, count > room)
+
+
+def _gathered(captured: Captured, rows: ChosenRows) -> Tensor:
     flat = captured.hidden[0].flatten(0, -2)
-    return flat if rows is None else flat.index_select(0, rows)
+    return flat if rows.index is None else flat.index_select(0, rows.index)
 
 
 def one_sample(head: Head, batch: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -136,14 +240,8 @@ def one_sample(head: Head, batch: Mapping[str, Any]) -> dict[str, Any] | None:
     counts = (labels != IGNORED_LABEL).sum(1)
     if labels.shape[0] == 0 or int(counts.max()) == 0:
         return None
-    index = int(counts.argmax())
-
-    def of_sample(value: Any) -> Any:
-        if isinstance(value, Mapping):  # masks, one a kind of layer
-            return {key: of_sample(part) for key, part in value.items()}
-        return value[index : index + 1] if isinstance(value, Tensor) and value.shape[:1] == labels.shape[:1] else value
-
-    return {key: of_sample(value) for key, value in batch.items() if key != "num_items_in_batch"}
+    kept = {key: value for key, value in batch.items() if key != "num_items_in_batch"}
+    return select_samples(kept, counts.argmax(keepdim=True), labels.shape[0])
 
 
 def refusal(model: nn.Module, head: Head, sample: Mapping[str, Any], linear: LinearHead) -> str | None:

@@ -3,7 +3,7 @@
 Several sites may be perturbed at once; each has its own stream of noise, its own gradient and its own delta.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,19 +15,22 @@ from alum_kernels.ops.noise_init import noise_init
 from alum_kernels.ops.projected_ascent import STATISTICS, projected_ascent
 
 SIZES = ("std", "step_size", "epsilon")
+Initial = Tensor | Callable[[tuple[int, ...]], Tensor]
 
 
 class DeviceConstants:
-    """The config's magnitudes, times the factor of its schedule, as 0-d fp32 tensors, one a device.
+    """The config's magnitudes, times the factor of its schedule, and its excluded tokens, as tensors on each device.
 
-    A float would recompile per value under ``torch.compile`` and freeze in a captured CUDA graph; a new factor is
-    written into the tensors that exist.
+    A float would recompile per value under ``torch.compile`` and freeze in a captured CUDA graph, and a list would be
+    copied to the device in every step; a new factor is written into the tensors that exist.
     """
 
     def __init__(self, config: AdversarialConfig) -> None:
         self._values = {name: getattr(config, name) for name in SIZES}
+        self._excluded = config.excluded_tokens
         self._factor = 1.0
         self._tensors: dict[tuple[str, torch.device], Tensor] = {}
+        self._tokens: dict[torch.device, Tensor] = {}
 
     def scale(self, factor: float) -> None:
         """Multiply every magnitude by ``factor`` from here on."""
@@ -37,11 +40,20 @@ class DeviceConstants:
                 tensor.fill_(self._values[name] * factor)
 
     def __call__(self, name: str, device: torch.device) -> Tensor:
+        """A magnitude, 0-d fp32."""
         key = (name, device)
         if key not in self._tensors:
             value = self._values[name] * self._factor
             self._tensors[key] = torch.full((), value, dtype=torch.float32, device=device)
         return self._tensors[key]
+
+    def excluded_tokens(self, device: torch.device) -> Tensor | None:
+        """Token ids that stay as they are, int64; None if there are none."""
+        if not self._excluded:
+            return None
+        if device not in self._tokens:
+            self._tokens[device] = torch.tensor(self._excluded, device=device)
+        return self._tokens[device]
 
 
 class Perturbation:
@@ -54,7 +66,8 @@ class Perturbation:
         batch: arguments of the model, labels included; its masks and tokens say which positions stay as they are.
         seed: one-element int64 tensor.
         sample_offset: place of the batch's first sample in the global batch.
-        initial: a first perturbation for each site, (B, S, H) fp32 (fp64 for fp64 embeddings), instead of noise.
+        initial: a first perturbation for each site, (B, S, H) fp32 (fp64 for fp64 embeddings), instead of noise; or a
+            function that makes it for that shape.
     """
 
     def __init__(
@@ -65,16 +78,18 @@ class Perturbation:
         batch: Mapping[str, Any],
         seed: Tensor,
         sample_offset: int,
-        initial: Sequence[Tensor] | None = None,
+        initial: Sequence[Initial] | None = None,
     ) -> None:
         if initial is not None and len(initial) != len(sites):
             raise ValueError(f"delta: expected one tensor for each of {len(sites)} sites, got {len(initial)}")
         self._config = config
         self._seed, self._choices = seed, choices_of(batch)
         self._sample_offset = sample_offset * self._choices
-        self._sites = [_SitePerturbation(config, constants, site, batch, self._choices) for site in sites]
-        for own, delta in zip(self._sites, initial or (), strict=initial is not None):
-            own.initial = delta
+        starts = [None] * len(sites) if initial is None else initial
+        self._sites = [
+            _SitePerturbation(config, constants, site, batch, self._choices, start)
+            for site, start in zip(sites, starts, strict=True)
+        ]
         self._grads: Sequence[Tensor] | None = None
         self._final_deltas: list[Tensor | None] = [None] * len(sites)
         self._statistics: list[Tensor] = []
@@ -136,7 +151,12 @@ class Perturbation:
     def halved(self, index: int, output: Tensor) -> Tensor:
         """A site's tensor at half the final perturbation."""
         delta = self._final_deltas[index]
-        return (output.to(delta.dtype) + delta.view_as(output) / 2).to(output.dtype)
+        return _moved(output, delta / 2)
+
+    @property
+    def final_deltas(self) -> list[Tensor]:
+        """delta_K of each site, (B, S, H), where :meth:`perturb` was to keep it."""
+        return [delta for delta in self._final_deltas if delta is not None]
 
     def figures(self) -> dict[str, Tensor]:
         """Sums over sites, sequences and positions, for the telemetry; empty where nothing climbed."""
@@ -150,7 +170,7 @@ class Perturbation:
         """The tensor at the present point, which is the noise until something climbed."""
         own = self._sites[index]
         if own.delta is not None:
-            return (embeds.to(own.delta.dtype) + own.delta).to(embeds.dtype)
+            return _moved(embeds, own.delta)
         result = noise_init(
             embeds, seed=self._seed, std=own.noise_size(), mask=own.mask, return_delta=keep, **self._noise(index)
         )
@@ -171,7 +191,7 @@ class Perturbation:
             own.grouped(self._grads[index]),
             None if drawn else own.grouped(own.delta),
             seed=self._seed if drawn else None,
-            std=own.noise_size() if drawn and not replaces else torch.zeros((), device=embeds.device),
+            std=own.noise_size() if drawn and not replaces else 0.0,
             step_size=own.step_size() if last or not replaces else own.noise_length(),
             epsilon=own.radius(),
             norm=config.norm if last or not replaces else "none",
@@ -201,7 +221,13 @@ class _SitePerturbation:
     """One site: its clean tensor, which of its positions move and how far, and its perturbation so far."""
 
     def __init__(
-        self, config: AdversarialConfig, constants: DeviceConstants, site: Site, batch: Mapping[str, Any], choices: int
+        self,
+        config: AdversarialConfig,
+        constants: DeviceConstants,
+        site: Site,
+        batch: Mapping[str, Any],
+        choices: int,
+        initial: Initial | None,
     ) -> None:
         self._config, self._constants, self._site, self._batch = config, constants, site, batch
         self._choices = choices if config.level == "sample" else 1
@@ -209,7 +235,8 @@ class _SitePerturbation:
         self.embeds: Tensor | None = None
         self.mask: Tensor | None = None
         self.delta: Tensor | None = None
-        self.initial: Tensor | None = None
+        self._initial = initial
+        self._elements: Tensor | None = None
         self._unit: Tensor | None = None
 
     @property
@@ -220,9 +247,10 @@ class _SitePerturbation:
     def record(self, embeds: Tensor) -> None:
         """Take the clean tensor."""
         self.embeds = embeds
-        self.mask = self._site.valid_positions(self._batch, embeds, self._config.excluded_tokens)
+        self.mask = self._site.valid_positions(self._batch, embeds, self._constants.excluded_tokens(embeds.device))
+        self._elements = None
         self._unit = None if self._config.units == "absolute" else self._size_of_elements()
-        self.delta = None if self.initial is None else self._masked(self.initial)
+        self.delta = None if self._initial is None else self._masked(self._initial)
 
     def grouped(self, tensor: Tensor) -> Tensor:
         """(B, C S, ...) of (B C, S, ...), where the rows of a sample are one group."""
@@ -231,8 +259,9 @@ class _SitePerturbation:
         rows, length, *rest = tensor.shape
         return tensor.reshape(rows // self._choices, self._choices * length, *rest)
 
-    def _masked(self, delta: Tensor) -> Tensor:
+    def _masked(self, initial: Initial) -> Tensor:
         """A perturbation handed in, zero where nothing may move."""
+        delta = initial(tuple(self.embeds.shape)) if callable(initial) else initial
         dtype = torch.promote_types(self.embeds.dtype, torch.float32)
         if delta.shape != self.embeds.shape:
             raise ValueError(f"delta: expected shape {tuple(self.embeds.shape)}, got {tuple(delta.shape)}")
@@ -241,13 +270,14 @@ class _SitePerturbation:
 
     def elements(self) -> Tensor:
         """How many elements of each group move: (B, S), (B,) or 0-d, fp32."""
-        grouped = self.grouped(self.embeds)
-        batch, length, hidden = grouped.shape
-        if self.mask is None:
-            valid = torch.ones(batch, length, device=grouped.device)
-        else:
-            valid = (self.grouped(self.mask) != 0).float()
-        return self._over_group(valid) * hidden
+        if self._elements is None:
+            grouped = self.grouped(self.embeds)
+            if self.mask is None:
+                valid = torch.ones(grouped.shape[:2], device=grouped.device)
+            else:
+                valid = (self.grouped(self.mask) != 0).float()
+            self._elements = self._over_group(valid) * grouped.shape[2]
+        return self._elements
 
     def noise_size(self) -> Tensor:
         """Size of an element of the noise, for the (B C, S, H) tensor."""
@@ -291,3 +321,8 @@ class _SitePerturbation:
     def _over_group(self, tokens: Tensor) -> Tensor:
         """Sum of (B, S) over each group."""
         return {"token": lambda: tokens, "sequence": lambda: tokens.sum(1), "batch": tokens.sum}[self.level]()
+
+
+def _moved(embeds: Tensor, delta: Tensor) -> Tensor:
+    """embeds + delta in the perturbation's precision, rounded once to that of the embeddings."""
+    return (embeds.to(delta.dtype) + delta).to(embeds.dtype)

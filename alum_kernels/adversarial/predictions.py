@@ -26,7 +26,7 @@ class Prediction:
     Attributes:
         head: how it is compared.
         values: logits (..., V); or, with ``linear``, the hidden states (N, H) of the compared rows.
-        mask: which rows of logits are compared, None for all.
+        mask: which rows are compared, None for all.
         linear: the projection that would turn hidden states into logits.
         captured: what that projection was given.
         products: of the clean side: its products with the projection, where they are kept over an ascent.
@@ -42,6 +42,10 @@ class Prediction:
     def detached(self) -> "Prediction":
         return replace(self, values=self.values.detach())
 
+    def like(self, other: "Prediction") -> "Prediction":
+        """The same values in the dtype of another pass's, differentiable."""
+        return replace(self, values=self.values.to(other.values.dtype))
+
     def with_products(self) -> "Prediction":
         """The same with the clean products kept, where they fit the budget of a chunk."""
         if self.linear is None:
@@ -54,16 +58,25 @@ class Prediction:
         return self.values.shape[:-1].numel() if self.mask is None else self.mask.sum()
 
 
-def mean_divergences(adv: Sequence[Prediction], clean: Sequence[Prediction], config: AdversarialConfig) -> Tensor:
-    """(heads,) divergence of each head, the mean over its compared rows; differentiable."""
+def mean_divergences(
+    adv: Sequence[Prediction], clean: Sequence[Prediction], config: AdversarialConfig, *, gradient: str | None = None
+) -> Tensor:
+    """(heads,) divergence of each head, the mean over its compared rows; differentiable, by the config's convention."""
     pairs = zip(adv, clean, strict=True)
-    return torch.stack([_reduced(a, c, config, config.divergence, "mean") for a, c in pairs])
+    return torch.stack([_reduced(a, c, config, config.divergence, "mean", gradient) for a, c in pairs])
 
 
-def _reduced(adv: Prediction, clean: Prediction, config: AdversarialConfig, divergence: str, reduction: str) -> Tensor:
+def _reduced(
+    adv: Prediction,
+    clean: Prediction,
+    config: AdversarialConfig,
+    divergence: str,
+    reduction: str,
+    gradient: str | None = None,
+) -> Tensor:
     options = {
         "reduction": reduction,
-        "gradient": config.gradient,
+        "gradient": config.gradient if gradient is None else gradient,
         "temperature": config.temperature,
         "backend": config.backend,
     }
@@ -78,6 +91,8 @@ def _reduced(adv: Prediction, clean: Prediction, config: AdversarialConfig, dive
             head.projection.bias,
             logit_scale=head.logit_scale,
             soft_cap=head.soft_cap,
+            mask=adv.mask,
+            gather_rows=False,
             **options,
         )
 
@@ -96,19 +111,20 @@ def sum_and_gradients(
     inputs: Sequence[Tensor],
     config: AdversarialConfig,
     divergence: str,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The summed divergence and its gradient to ``inputs`` through the adversarial pass; no parameter gets one.
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The divergence summed over the rows of each head, and its gradient to ``inputs`` through the adversarial pass.
 
-    Gradients of fp16 passes are fp32, with the factor that kept them apart from zero taken out.
+    No parameter gets one. Gradients of fp16 passes are fp32, with the factor that kept them apart from zero taken out.
     """
     scale = FP16_GRAD_SCALE if any(a.values.dtype == torch.float16 for a in adv) else 1.0
+    adv = [a.like(c) for a, c in zip(adv, clean, strict=True)]  # an ascent in another precision than the clean pass
     sums, grad_values = zip(
         *(_sum(a, c, config, divergence, scale) for a, c in zip(adv, clean, strict=True)), strict=True
     )
     grads = torch.autograd.grad([a.values for a in adv], inputs, grad_outputs=grad_values, allow_unused=True)
     if scale != 1.0:
         grads = [None if grad is None else grad.float() / scale for grad in grads]
-    return torch.stack(sums).sum(), list(grads)
+    return list(sums), list(grads)
 
 
 def _sum(
@@ -129,6 +145,8 @@ def _sum(
             reduction="sum",
             logit_scale=head.logit_scale,
             soft_cap=head.soft_cap,
+            mask=adv.mask,
+            gather_rows=False,
             clean_products=clean.products,
             grad_scale=grad_scale,
             **options,

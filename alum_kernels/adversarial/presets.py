@@ -103,7 +103,7 @@ class Presets:
         Regression heads use
         the squared error. In the l2 ball the gradient is divided by its Euclidean norm.
 
-        Source: Jiang et al., arXiv:1911.03437, equations 1 to 5, Algorithm 1 and section 4.1.
+        Source: Jiang et al., arXiv:1911.03437, Algorithm 1 and section 4.1.
         """
         check_choice("norm", norm, ("linf", "l2"))
         return cls._preset("smart", changes, norm=norm, normalize=norm, level="sequence")
@@ -154,7 +154,7 @@ class Presets:
 
             loss = L(e + delta_K),  delta as in :meth:`freelb`
 
-        Source: Madry et al., arXiv:1706.06083, equation 2.1, as compared by Zhu et al., arXiv:1909.11764; constants:
+        Source: Madry et al., arXiv:1706.06083, as compared by Zhu et al., arXiv:1909.11764; constants:
         ``FREELB_GLUE``, whose launch scripts for PGD have the same ones but for CoLA, MNLI and QNLI.
         """
         return cls._preset("pgd", changes, **_SUPERVISED, **_in_l2_ball(_glue_setting(task)))
@@ -170,7 +170,7 @@ class Presets:
         shares of the norm of a sequence (5 is 5/sqrt(n) of that of n such elements). Needs
         :meth:`AdversarialObjective.backward`.
 
-        Source: Miyato et al., arXiv:1605.07725, equations 5 and 6.
+        Source: Miyato et al., arXiv:1605.07725.
         """
         ball = {"std": 0.0, "step_size": 5.0, "epsilon": 5.0, "norm": "l2", "normalize": "l2", "level": "sequence"}
         weights = {**_SUPERVISED, "adversarial_weight": 2.0}  # each of the two passes has half of it
@@ -186,7 +186,7 @@ class Presets:
         batch, as for images, would belong to other tokens. Dropout is drawn anew at each replay. Needs
         :meth:`AdversarialObjective.backward` with ``update=``.
 
-        Source: Shafahi et al., arXiv:1904.12843, Algorithm 1; constants: ``FREELB_GLUE``.
+        Source: Shafahi et al., arXiv:1904.12843; constants: ``FREELB_GLUE``.
         """
         ball = _in_l2_ball(_glue_setting(task))
         return cls._preset("freeat", changes, **_SUPERVISED, **ball, backward="replay", dropout="independent")
@@ -200,7 +200,7 @@ class Presets:
         p comes from the backward that trains; m is ``steps``, n is ``inner_steps``, 3. f_0 ends at the model's first
         transformer layer, or at the module that ``first_layer`` names. Needs :meth:`AdversarialObjective.backward`.
 
-        Source: Zhang et al., arXiv:1905.00877, Algorithm 1, as compared by Zhu et al., arXiv:1909.11764; constants:
+        Source: Zhang et al., arXiv:1905.00877, as compared by Zhu et al., arXiv:1909.11764; constants:
         ``FREELB_GLUE`` (the launch scripts divide the step by n for MRPC, and halve it for RTE).
         """
         return cls._preset(
@@ -252,7 +252,7 @@ class Presets:
         ``std``, ``step_size`` and ``epsilon``, which ``units="std"`` takes as shares of the norm of a sequence (5 is
         5/sqrt(n) of that of n such elements). The first direction has the length xi on average.
 
-        Source: Miyato et al., arXiv:1704.03976, equations 5 to 8; on text arXiv:1605.07725, equations 7 and 8.
+        Source: Miyato et al., arXiv:1704.03976; its constants on text arXiv:1605.07725.
         """
         return cls._preset(
             "vat",
@@ -281,7 +281,7 @@ class Presets:
         it off at twice that), eta 1e-4, no ball; the embeddings before the layer norm are not trained by the perturbed
         pass, targets are detached, dropout is independent; weight 5.
 
-        Source: He et al., arXiv:2006.03654, section 4; constants: https://github.com/microsoft/DeBERTa (DeBERTa/sift).
+        Source: He et al., arXiv:2006.03654; constants: https://github.com/microsoft/DeBERTa (DeBERTa/sift).
         """
         return cls._preset(
             "sift",
@@ -318,7 +318,7 @@ class Presets:
 
         ``alpha`` of this config is the published alpha/2; 0.5 stands for the published 1.
 
-        Source: Liang et al., arXiv:2106.14448, equations 1 to 3.
+        Source: Liang et al., arXiv:2106.14448.
         """
         return cls._preset(
             "rdrop",
@@ -340,7 +340,7 @@ class Presets:
 
         ``std`` is the published alpha, 5 (of 5, 10, 15).
 
-        Source: Jain et al., arXiv:2310.05914, Algorithm 1.
+        Source: Jain et al., arXiv:2310.05914.
         """
         return cls._preset(
             "neftune",

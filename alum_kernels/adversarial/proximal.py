@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.model_state import unwrap
+from alum_kernels.adversarial.schedule import Progress
 
 
 class BregmanProximal:
@@ -81,3 +84,72 @@ class BregmanProximal:
         for name, weight in self._teacher.items():
             weight.copy_(given[name])
         self._steps = state["steps"]
+
+
+class Teaching:
+    """The teacher of a config with a proximal term, from when it follows an optimizer.
+
+    Args:
+        model: the model.
+        config: ``proximal``, ``proximal_interval`` and the momentum's schedule.
+        progress: how far the training is.
+    """
+
+    def __init__(self, model: nn.Module, config: AdversarialConfig, progress: Callable[[], Progress]) -> None:
+        self._model, self._config, self._progress = model, config, progress
+        self._teacher: BregmanProximal | None = None
+        self._state: Mapping[str, Any] | None = None
+        self._following: RemovableHandle | None = None
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """The teacher begins as the model is now, and is updated after steps of this optimizer.
+
+        Raises:
+            ValueError: the config has no proximal term, or a checkpoint's teacher has other parameters.
+        """
+        if self._config.proximal == 0:
+            raise ValueError("proximal: expected a weight > 0 where a teacher is to follow, got 0")
+        teacher = BregmanProximal(self._model, self._config.proximal_interval, self._momentum)
+        if self._state is not None:
+            teacher.load_state_dict(self._state)
+            self._state = None
+        self.stop()
+        self._teacher = teacher
+        self._following = optimizer.register_step_post_hook(lambda *_: teacher.step())
+
+    def stop(self) -> None:
+        """Follow no optimizer any more."""
+        if self._following is not None:
+            self._following.remove()
+            self._following = None
+
+    def teacher(self) -> BregmanProximal | None:
+        """The teacher, None without a proximal term.
+
+        Raises:
+            ValueError: it follows no optimizer.
+        """
+        if self._config.proximal == 0:
+            return None
+        if self._teacher is None:
+            raise ValueError(
+                "proximal: expected an optimizer that the teacher follows; call AdversarialObjective.follow(optimizer)"
+            )
+        return self._teacher
+
+    def state_dict(self) -> Mapping[str, Any] | None:
+        """Of the teacher, None where there is none."""
+        return self._state if self._teacher is None else self._teacher.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Take up a checkpoint's teacher, now or when an optimizer is followed."""
+        self._state = state
+        if self._teacher is not None and state is not None:
+            self._teacher.load_state_dict(state)
+            self._state = None
+
+    def _momentum(self) -> float:
+        momentum = self._config.proximal_momentum
+        if isinstance(momentum, int | float):
+            return momentum
+        return self._progress().value("proximal_momentum", momentum, default=0.0)

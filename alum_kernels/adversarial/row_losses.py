@@ -6,7 +6,7 @@ regression     squared error, the mean over the predicted numbers
 A row is a sample, or a position of a head that predicts at each position.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,17 @@ def targets_of(part: Head, batch: Mapping[str, Any]) -> Tensor:
         listed = ", ".join(batch) or "an empty batch"
         raise ValueError(f"batch: expected 'labels' (B,) for a {part.name} head, got {listed}")
     return labels
+
+
+def label_count(head: Head, batch: Mapping[str, Any]) -> Tensor | int:
+    """Over how many labels the task's loss is a mean: of a head of several parts, the most that a sample has."""
+    targets = [targets_of(part, batch) for part in head.parts]
+    return len(targets[0]) if head.name == "regression" else counts_of(targets).sum()
+
+
+def counts_of(targets: Sequence[Tensor]) -> Tensor:
+    """(B,) labels of each sample that count; of several parts, the most."""
+    return torch.stack([(part != IGNORED_LABEL).view(part.shape[0], -1).sum(1) for part in targets]).amax(0)
 
 
 def fitted(part: Head, targets: Tensor, logits: Tensor) -> Tensor:

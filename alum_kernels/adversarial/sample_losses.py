@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.labels import IGNORED_LABEL
-from alum_kernels.adversarial.row_losses import fitted, part_weight, row_losses, targets_of
+from alum_kernels.adversarial.row_losses import counts_of, fitted, part_weight, row_losses, targets_of
 
 
 class SampleLosses:
@@ -30,10 +30,10 @@ class SampleLosses:
     """
 
     def __init__(self, head: Head, batch: Mapping[str, Any]) -> None:
-        self._regression = head.name == "regression"
         self._parts = head.parts
         self._labels = [targets_of(part, batch) for part in self._parts]
         self._weight = part_weight(head)
+        self._counts = None if head.name == "regression" else counts_of(self._labels)
 
     def __call__(self, logits: Sequence[Tensor]) -> Tensor:
         """(B,) losses, fp32 (fp64 for fp64), 0 for a sample without a label; differentiable twice.
@@ -52,10 +52,9 @@ class SampleLosses:
 
         The mean of the losses is then the task's loss, and micro-batches that are weighted by their labels add up.
         """
-        if self._regression:
+        if self._counts is None:
             return values.mean()
-        counts = torch.stack([(part != IGNORED_LABEL).view(part.shape[0], -1).sum(1) for part in self._labels]).amax(0)
-        return torch.where(counts > 0, values * counts, 0).sum() / counts.sum().clamp(min=1)
+        return torch.where(self._counts > 0, values * self._counts, 0).sum() / self._counts.sum().clamp(min=1)
 
 
 def _of_samples(part: Head, logits: Tensor, labels: Tensor) -> Tensor:

@@ -31,21 +31,21 @@ class Site:
     decoder: bool = False
 
     def valid_positions(
-        self, batch: Mapping[str, Any], embeds: Tensor, excluded_tokens: Sequence[int] = ()
+        self, batch: Mapping[str, Any], embeds: Tensor, excluded_tokens: Tensor | None = None
     ) -> Tensor | None:
         """(B, S) positions that may be perturbed, None for all: those of no padding and of no excluded token.
 
         Args:
             batch: the model's arguments, labels included.
             embeds: (B, S, H) tensor at the site.
-            excluded_tokens: ids of tokens that stay as they are.
+            excluded_tokens: ids of tokens that stay as they are, on the batch's device.
 
         Raises:
             ValueError: an attention mask of another shape, or no token ids to exclude by.
         """
         mask = self._decoder_mask(batch, embeds) if self.decoder else self._encoder_mask(batch, embeds)
         mask = mask != 0 if mask is not None and mask.is_floating_point() else mask
-        if not excluded_tokens:
+        if excluded_tokens is None:
             return mask
         ids = batch.get("decoder_input_ids" if self.decoder else "input_ids")
         ids = None if not isinstance(ids, Tensor) else _as_rows(ids)
@@ -54,7 +54,7 @@ class Site:
             raise ValueError(
                 f"excluded_tokens: expected token ids {tuple(embeds.shape[:2])} for {self.name}, got {came}"
             )
-        kept = ~torch.isin(ids, torch.tensor(tuple(excluded_tokens), dtype=ids.dtype, device=ids.device))
+        kept = ~torch.isin(ids, excluded_tokens.to(ids.dtype))
         return kept if mask is None else kept & (mask != 0)
 
     def _encoder_mask(self, batch: Mapping[str, Any], embeds: Tensor) -> Tensor | None:

@@ -1,9 +1,9 @@
 """One step over one batch: its weights, the passes that it can run, and what they give."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,25 @@ from torch import Tensor, nn
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.first_layer import FirstLayer
 from alum_kernels.adversarial.hooks import PerturbationHooks
-from alum_kernels.adversarial.model_state import RandomState, unwrap
-from alum_kernels.adversarial.passes import Passes
+from alum_kernels.adversarial.lower_layers import LowerLayers
+from alum_kernels.adversarial.model_state import device_of, unwrap
+from alum_kernels.adversarial.passes import Part, TaskPass
 from alum_kernels.adversarial.perturbation import Perturbation
 from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE, Prediction, mean_divergences
 from alum_kernels.adversarial.proximal import BregmanProximal
 from alum_kernels.adversarial.sample_losses import SampleLosses
+from alum_kernels.adversarial.schedule import Progress
+from alum_kernels.adversarial.sub_batch import SubBatch
 from alum_kernels.adversarial.telemetry import Telemetry
 
 Replace = Callable[[int, Tensor], Tensor | None]
+
+
+class RepeatedState(Protocol):
+    """The state of dropout's generators at some moment."""
+
+    def restore(self) -> None:
+        """The generators go on as they did from that moment."""
 
 
 class Weights(NamedTuple):
@@ -37,12 +47,21 @@ class Weights(NamedTuple):
         return any(self[1:])
 
 
-class TaskPass(NamedTuple):
-    """One pass that computes the task's loss: the loss, the model's output, and what it predicted."""
-
-    loss: Tensor
-    outputs: Any
-    predictions: list[Prediction]
+def weights_of(config: AdversarialConfig, progress: Progress) -> Weights:
+    """What each term weighs now: before the start, and between the steps that have an adversary, the task's alone."""
+    interval = config.adversarial_interval
+    if not progress.started(config.start):
+        return Weights(1.0, 0.0, 0.0, 0.0, 0.0)
+    if progress.step % interval:
+        return Weights(config.clean_weight, 0.0, 0.0, 0.0, 0.0)
+    factor = progress.value("alpha_schedule", config.alpha_schedule) * interval
+    return Weights(
+        clean=config.clean_weight,
+        adversarial=config.adversarial_weight * interval,
+        divergence=factor * config.alpha,
+        linearity=factor * config.linearity,
+        linearity_gradient=factor * config.linearity_gradient,
+    )
 
 
 class StepResult(NamedTuple):
@@ -65,29 +84,46 @@ class Step:
         config: the method.
         model: as it is trained, ``DistributedDataParallel`` included.
         hooks: where it is perturbed.
-        inputs: its arguments without labels.
-        task: runs the model that it is given, this one or the one inside it, on the batch with its labels.
-        passes: reads predictions; None where none are compared.
+        whole: the batch.
+        task: runs the model that it is given, this one or the one inside it, on some samples with their labels.
         perturbation: of this batch.
         random: state of dropout's generators that every pass begins with; None lets each pass draw its own.
         telemetry: takes the figures.
         weights: of this step.
         sample_losses: the task's loss of each sample; None where the method takes the model's own alone.
         check_signal: measure the divergence at half the perturbation as well.
+        precision: context of the ascent's passes.
+        sub_batch: the samples that are perturbed; None for all.
+        lower: layers below the perturbed site that perturbed passes skip; None for none.
+        clean_tensors: the tensor at each site in the clean pass, part of its graph; the perturbed passes take them up.
+            Empty where they make their own.
     """
 
     config: AdversarialConfig
     model: nn.Module
     hooks: PerturbationHooks
-    inputs: Mapping[str, Any]
-    task: Callable[[nn.Module], TaskPass]
-    passes: Passes | None
+    whole: Part
+    task: Callable[[nn.Module, Part], TaskPass]
     perturbation: Perturbation
-    random: RandomState | None
+    random: RepeatedState | None
     telemetry: Telemetry
     weights: Weights
     sample_losses: SampleLosses | None = None
     check_signal: bool = False
+    precision: Callable[[], AbstractContextManager[None]] = nullcontext
+    sub_batch: SubBatch | None = None
+    lower: LowerLayers | None = None
+    clean_tensors: list[Tensor] = field(default_factory=list)
+
+    @property
+    def keeps_delta(self) -> bool:
+        """Whether the last perturbation is needed after its pass."""
+        return self.check_signal or self.config.delta_lifetime > 1
+
+    @property
+    def part(self) -> Part:
+        """What the perturbed passes run on."""
+        return self.whole if self.sub_batch is None else self.sub_batch.chosen
 
     @property
     def inner(self) -> nn.Module:
@@ -96,39 +132,45 @@ class Step:
 
     def run_clean(self) -> TaskPass:
         """The task at the clean point, which the perturbation then knows."""
-        with self.hooks.recording() as embeds:
-            result = self.task(self.model)
+        sub = self.sub_batch
+        with self._watching(), self.hooks.recording() as embeds:
+            result = self.task(self.model, sub.chosen if sub is not None and sub.splits else self.whole)
+        if sub is not None:
+            if sub.splits:
+                result = sub.joined(result, self.task(self.inner, sub.rest))
+            else:
+                result, embeds = sub.selected(result, embeds)
         for index, tensor in enumerate(embeds):
-            self.perturbation.record(index, tensor)
+            self.perturbation.record(index, tensor.detach())
+        # what independent dropout did before the site is not what it does in the next pass
+        if torch.is_grad_enabled() and (self.lower is not None or self.config.dropout != "independent"):
+            self.clean_tensors[:] = embeds
         return result
 
     def run_task(self, model: nn.Module, replace: Replace) -> TaskPass:
         """The task at a perturbed point."""
-        self._restore()
-        with self.hooks.replacing(replace):
-            result = self.task(model)
+        with self._perturbed(replace):
+            result = self.task(model, self.part)
         self.hooks.check_calls()
         return result
 
     def predict(self, model: nn.Module, replace: Replace) -> list[Prediction]:
         """What ``model`` predicts at a perturbed point."""
-        self._restore()
-        with self.hooks.replacing(replace):
-            return self.passes.run(lambda: model(**self.inputs))
+        with self._perturbed(replace):
+            return self.part.passes.run(lambda: model(**self.part.inputs))
 
     def proximity(self, task: TaskPass, proximal: BregmanProximal) -> Tensor:
         """Divergence of the clean prediction from the teacher's, which is constant."""
-        self._restore()
+        self.restore()
         with torch.no_grad():
-            teacher = self.passes.run(lambda: proximal.forward(self.inputs))
-        return mean_divergences(task.predictions, teacher, self.config.replace(gradient="detach_clean")).sum()
+            teacher = self.whole.passes.run(lambda: proximal.forward(self.whole.inputs))
+        return mean_divergences(task.predictions, teacher, self.config, gradient="detach_clean").sum()
 
     def run_first_layer(self, first_layer: FirstLayer, upstream: Tensor) -> list[Tensor]:
         """Gradients of ``upstream`` . (first layer's output) to the perturbed tensors at the next point."""
         leaves = self.leaves()
-        self._restore()
-        with torch.enable_grad(), self.hooks.replacing(lambda index, output: leaves[index].clone()):
-            return first_layer.gradient(lambda: self.inner(**self.inputs), lambda: leaves, upstream)
+        with torch.enable_grad(), self._perturbed(lambda index, output: leaves[index].clone()):
+            return first_layer.gradient(lambda: self.inner(**self.part.inputs), leaves, upstream)
 
     def leaves(self) -> list[Tensor]:
         """The perturbed tensors at the next point, as leaves."""
@@ -168,9 +210,30 @@ class Step:
         """Within the context a backward is not summed over the processes."""
         return self.model.no_sync() if isinstance(self.model, nn.parallel.DistributedDataParallel) else nullcontext()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Dropout's generators as the clean pass found them, where every pass begins so."""
         if self.random is not None:
             self.random.restore()
+
+    def _watching(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.lower is None else self.lower.watched(device_of(self.inner))
+
+    @contextmanager
+    def _perturbed(self, replace: Replace) -> Iterator[None]:
+        """A pass with ``replace`` at the sites, and dropout as in the clean pass."""
+        self.restore()
+        lower, known = self.lower, self.clean_tensors or None
+
+        def at_site(index: int, tensor: Tensor) -> Tensor | None:
+            if self.random is not None:
+                lower.random.restore()
+            return replace(index, tensor)
+
+        with (
+            nullcontext() if lower is None else lower.skipped(),
+            self.hooks.replacing(replace if lower is None else at_site, known),
+        ):
+            yield
 
 
 def _in_fp16(leaf: Tensor) -> bool:

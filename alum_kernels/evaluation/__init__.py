@@ -4,11 +4,11 @@ from alum_kernels.evaluation.flipping_radius import FlippingRadius, smallest_fli
 from alum_kernels.evaluation.loss_increase import (
     LossIncrease,
     LossIncreaseComparison,
-    Quartiles,
     compare_loss_increase,
     compare_reports,
     largest_loss_increase,
 )
+from alum_kernels.evaluation.quartiles import Quartiles
 from alum_kernels.evaluation.robustness import RobustnessReport, accuracy_under_attack
 from alum_kernels.evaluation.search import Radius
 from alum_kernels.evaluation.smoothness import SmoothnessReport, local_smoothness

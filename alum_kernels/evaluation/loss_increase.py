@@ -8,31 +8,19 @@ bound of the true one, and never negative.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alum_kernels.evaluation.attack import Attack, Subject, attacking
 from alum_kernels.evaluation.flipping_radius import smallest_flipping_radius
+from alum_kernels.evaluation.quartiles import Quartiles
 from alum_kernels.evaluation.scoring import Judge
 from alum_kernels.evaluation.search import Radius, Search
 
 RESTARTS = 3
 """Starts of a search for the largest loss, unless told otherwise."""
-
-
-class Quartiles(NamedTuple):
-    """The quartiles of some numbers; where they fall between two of them, interpolated."""
-
-    lower: float
-    median: float
-    upper: float
-
-    @classmethod
-    def of(cls, values: Tensor) -> "Quartiles":
-        """Those of a 1-d tensor that is not empty."""
-        return cls(*torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype)).tolist())
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ that the Trainer puts on the loss it is given.
 
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ except ImportError as error:
         "alum_kernels.integrations.transformers: expected transformers and accelerate to be installed; "
         "pip install 'alum-kernels[transformers]'"
     ) from error
+
+SAMPLE_KEY = "sample_index"
+"""Column of a dataset that identifies its samples, for perturbations that are kept (``delta_lifetime``)."""
 
 STATE_NAME = "adversarial_state.pt"
 """File of a checkpoint folder that holds the state of the noise."""
@@ -145,24 +149,25 @@ class AdversarialTrainer(Trainer):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         batch = dict(inputs)
+        samples = batch.pop(SAMPLE_KEY, None)
         items = None if num_items_in_batch is None else self._count_items(batch)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
         outside = self.compute_loss_func is not None or self.label_smoother is not None
 
-        def run_task(module: nn.Module) -> tuple[Tensor, Any]:
+        def run_task(module: nn.Module, part: Mapping[str, Any]) -> tuple[Tensor, Any]:
             # losses outside the model divide by the count that they are given; heads take the mean
             counts = items is not None and outside
             loss, outputs = super(AdversarialTrainer, self).compute_loss(
                 module,
-                dict(batch),
+                dict(part),
                 return_outputs=True,
                 num_items_in_batch=items.clamp(min=1) if counts else None,
             )
             if counts and processes > 1:
                 loss = loss / processes  # the parent multiplied, and the whole loss is multiplied below
             # the mean over no labelled position is 0 / 0, with a zero gradient
-            return (loss if items is None else torch.where(items > 0, loss, 0)), outputs
+            return (loss if items is None else torch.where(self._count_items(part) > 0, loss, 0)), outputs
 
         self.objective.model = model
         self._keep_pace()
@@ -181,6 +186,7 @@ class AdversarialTrainer(Trainer):
                 of_step(earlier) * self._accumulation_share(num_items_in_batch)
             ),
             update=self._update if self.adversarial.backward == "replay" else None,
+            samples=None if samples is None else samples.cpu(),
         )
         loss = of_step(result.loss)
         return (loss, result.outputs) if return_outputs else loss
@@ -229,7 +235,7 @@ class AdversarialTrainer(Trainer):
             if size > 1:
                 raise ValueError(f"args: expected no {name} parallelism, got a size of {size}")
 
-    def _count_items(self, batch: dict[str, Any]) -> Tensor:
+    def _count_items(self, batch: Mapping[str, Any]) -> Tensor:
         """Items of a micro-batch as the Trainer counts those of a step: labels that are not ignored."""
         labels = batch.get("shift_labels")
         if labels is None:

@@ -1,0 +1,278 @@
+"""Runs steps on one model: what is perturbed, by which passes, and what is kept from one step to the next."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from alum_kernels.adversarial.ascent_precision import AscentPrecision
+from alum_kernels.adversarial.at_the_end import train_at_the_end
+from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.delta_store import DeltaStore
+from alum_kernels.adversarial.first_layer import FirstLayer
+from alum_kernels.adversarial.fused_head import FusedHead
+from alum_kernels.adversarial.heads import Head
+from alum_kernels.adversarial.hooks import PerturbationHooks
+from alum_kernels.adversarial.labels import without_labels
+from alum_kernels.adversarial.local_linearity import train_local_linearity
+from alum_kernels.adversarial.low_memory import train_in_low_memory
+from alum_kernels.adversarial.lower_layers import LowerLayers
+from alum_kernels.adversarial.model_state import (
+    device_of,
+    dropout_off,
+    dropout_off_in_backward,
+    unwrap,
+)
+from alum_kernels.adversarial.on_the_way import train_on_the_way
+from alum_kernels.adversarial.passes import LinearPasses, LogitPasses, Part, TaskPass, loss_of
+from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
+from alum_kernels.adversarial.proximal import BregmanProximal
+from alum_kernels.adversarial.sample_losses import SampleLosses
+from alum_kernels.adversarial.sites import perturbed_sites
+from alum_kernels.adversarial.step import RepeatedState, Step, StepResult, Weights
+from alum_kernels.adversarial.sub_batch import SubBatch, choose, sub_batch_of
+from alum_kernels.adversarial.telemetry import Telemetry
+
+LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
+RunTask = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Any]]
+Backward = Callable[[Tensor], None]
+Update = Callable[[], None]
+Samples = Sequence[int] | Tensor
+"""Identifiers on the host."""
+
+
+class Draw(NamedTuple):
+    """What a step's perturbation begins with: arguments of :meth:`AdversarialObjective.forward`."""
+
+    seed: Tensor | None
+    sample_offset: int
+    delta: Sequence[Tensor] | None
+    samples: Samples | None
+
+    def identifiers(self) -> list[int]:
+        """Of the samples; raises ValueError where they are on a device, which would have to be waited for."""
+        if isinstance(self.samples, Tensor):
+            if self.samples.device.type != "cpu":
+                raise ValueError(f"samples: expected identifiers on the host, got a tensor on {self.samples.device}")
+            return self.samples.tolist()
+        return [int(sample) for sample in self.samples]
+
+
+class Plan(NamedTuple):
+    """What the course of the training makes of one step.
+
+    Attributes:
+        weights: of its terms.
+        size: factor of the perturbation's magnitudes.
+        check_signal: measure the divergence at half the perturbation as well.
+        proximal: the teacher, None for none.
+    """
+
+    weights: Weights
+    size: float
+    check_signal: bool
+    proximal: BregmanProximal | None
+
+
+class TaskOptions(NamedTuple):
+    """A trainer's own ways: arguments of :meth:`AdversarialObjective.forward`."""
+
+    run_task: RunTask | None = None
+    standard_loss: bool = False
+    backward: Backward | None = None
+    update: Update | None = None
+
+    @property
+    def own_loss(self) -> bool:
+        """Whether the task's loss is the model's own."""
+        return self.run_task is None or self.standard_loss
+
+
+class StepRunner:
+    """What is installed on a model for as long as it is trained, and one step of it.
+
+    Args:
+        model: the model.
+        config: the method.
+        head: what it predicts, None where no predictions are compared.
+        loss: the task's, None for the model's own.
+        telemetry: takes the figures.
+
+    Attributes:
+        hooks: at the perturbed sites.
+        fused: the linear head, where the model is trained without its logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AdversarialConfig,
+        head: Head | None,
+        loss: LossFunction | None,
+        telemetry: Telemetry,
+    ) -> None:
+        inner = unwrap(model)
+        self._inner, self._config, self._head, self._loss, self._telemetry = inner, config, head, loss, telemetry
+        self._lower = None
+        if config.ascent_depth:
+            self._lower = LowerLayers(inner, config.ascent_depth, decoder=config.side == "decoder")
+            sites = [self._lower.site]
+        else:
+            sites = perturbed_sites(inner, config.modules, site=config.site, side=config.side)
+        self.hooks = PerturbationHooks(sites)
+        self._first_layer = None
+        if config.inner_steps:
+            self._first_layer = FirstLayer(inner, config.first_layer, decoder=sites[0].decoder)
+        self._precision = AscentPrecision(inner, config.ascent_dtype)
+        self._constants = DeviceConstants(config)
+        self._deltas = DeltaStore(config.delta_lifetime) if config.delta_lifetime > 1 else None
+        self.fused = FusedHead(model, head, config, own_loss=loss is None)
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        self.hooks.remove()
+        for installed in (self._first_layer, self._lower):
+            if installed is not None:
+                installed.remove()
+
+    def scale(self, size: float) -> None:
+        """Multiply the perturbation's magnitudes by ``size`` from here on."""
+        self._constants.scale(size)
+
+    def run(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        plan: Plan,
+        draw: Draw,
+        options: TaskOptions,
+        random: Callable[[torch.device], RepeatedState],
+    ) -> StepResult:
+        """One step.
+
+        Args:
+            model: as it is trained, ``DistributedDataParallel`` included.
+            batch: arguments of the model, labels included.
+            plan: what the course of the training makes of it.
+            draw: what its perturbation begins with.
+            options: a trainer's own ways.
+            random: makes the state of dropout's generators that passes repeat.
+        """
+        config = self._config
+        if not options.own_loss:
+            self.refuse_other_losses("run_task")
+        with dropout_off(model) if config.dropout == "off" else nullcontext():
+            linear = self.fused.of_batch(model, batch, options.own_loss)
+
+            def make_part(batch: Mapping[str, Any]) -> Part:
+                passes = LogitPasses(self._head, batch, config.positions) if config.compares else None
+                if linear is not None:
+                    passes = LinearPasses(self._head, batch, config.positions, linear, config.labelled_capacity)
+                return Part(batch, self._inputs(batch), passes)
+
+            def task(model: nn.Module, part: Part) -> TaskPass:
+                if linear is not None:
+                    return TaskPass(*part.passes.run_clean(lambda: model(**part.inputs)))
+                loss, outputs = (options.run_task or self._run_task)(model, part.batch)
+                return TaskPass(loss, outputs, [] if part.passes is None else part.passes.read(outputs))
+
+            whole = make_part(batch)
+            if plan.weights.perturbs or plan.proximal is not None:
+                result = self._run_step(model, whole, make_part, task, plan, draw, options, random)
+            else:
+                loss, outputs, *_ = task(model, whole)
+                result = StepResult(plan.weights.clean * loss, loss, outputs)
+        if config.dropout == "off" and result.loss.requires_grad:
+            dropout_off_in_backward(model, result.loss)
+        return result
+
+    def _run_step(
+        self,
+        model: nn.Module,
+        whole: Part,
+        make_part: Callable[[Mapping[str, Any]], Part],
+        task: Callable[[nn.Module, Part], TaskPass],
+        plan: Plan,
+        draw: Draw,
+        options: TaskOptions,
+        random: Callable[[torch.device], RepeatedState],
+    ) -> StepResult:
+        config, delta = self._config, draw.delta
+        sub_batch = self._sub_batch(whole, make_part, draw, options) if config.adversarial_fraction < 1 else None
+        if self._deltas is not None and (kept := self._deltas.take(draw.identifiers())) is not None:
+            config, delta = config.replace(steps=0, delta_lifetime=1, ascent_dtype=None), kept
+        perturbed = whole if sub_batch is None else sub_batch.chosen
+        known = {**perturbed.inputs, **perturbed.batch}
+        step = Step(
+            config=config,
+            model=model,
+            hooks=self.hooks,
+            whole=whole,
+            task=task,
+            perturbation=Perturbation(
+                config, self._constants, self.hooks.sites, known, draw.seed, draw.sample_offset, delta
+            ),
+            random=random(device_of(self._inner)) if config.dropout == "shared" else None,
+            telemetry=self._telemetry,
+            weights=plan.weights,
+            sample_losses=SampleLosses(self._head, whole.batch) if config.climbs_linearity else None,
+            check_signal=plan.check_signal,
+            precision=self._precision,
+            sub_batch=sub_batch,
+            lower=self._lower,
+        )
+        result = self._train(step, plan.proximal, options)
+        if step.config.delta_lifetime > 1:
+            self._deltas.put(draw.identifiers(), step.perturbation.final_deltas)
+        return result
+
+    def _train(self, step: Step, proximal: BregmanProximal | None, options: TaskOptions) -> StepResult:
+        if step.config.climbs_linearity:
+            return train_local_linearity(step, proximal)
+        if step.config.backward != "final":
+            return train_on_the_way(step, options.backward, options.update, self._first_layer)
+        if step.config.memory == "low":
+            return train_in_low_memory(step, options.backward)
+        return train_at_the_end(step, proximal)
+
+    def _sub_batch(
+        self, whole: Part, make_part: Callable[[Mapping[str, Any]], Part], draw: Draw, options: TaskOptions
+    ) -> SubBatch | None:
+        if draw.delta is not None:
+            raise ValueError("delta: expected None with adversarial_fraction < 1, which chooses its samples at random")
+        indices = choose(whole.batch, self._config.adversarial_fraction, draw.seed, draw.sample_offset)
+        if indices is None:
+            return None
+        splits = self._config.dropout == "shared"
+        if splits and not (self._loss is None and options.own_loss):
+            raise ValueError(
+                "loss: expected the model's own with adversarial_fraction < 1 and dropout='shared', whose clean pass "
+                "runs in two parts; dropout='independent' or 'off' takes any"
+            )
+        return sub_batch_of(self._head, whole, indices, make_part, splits=splits)
+
+    def refuse_other_losses(self, argument: str) -> None:
+        """A loss that is not the head's own cannot be taken apart into samples."""
+        if self._config.climbs_linearity:
+            raise ValueError(
+                f"{argument}: expected the model's own loss with ascent='linearity', which takes the loss of each "
+                "sample from logits and labels, got another loss"
+            )
+
+    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return without_labels(batch) if self._head is None else self._head.inputs(batch, self._inner)
+
+    def _run_task(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        if self._loss is not None:
+            outputs = model(**self._inputs(batch))
+            return self._loss(outputs, batch), outputs
+        outputs = model(**batch)
+        loss = loss_of(outputs)
+        if loss is None:
+            raise ValueError(
+                "batch: expected 'labels', since the model computed no loss; "
+                f"got {', '.join(batch) or 'an empty batch'}. Pass loss= if the loss is your own"
+            )
+        return loss, outputs

@@ -1,0 +1,167 @@
+"""The samples of a batch on which alone the regulariser is computed, so that its sum stays unbiased.
+
+    J = (sum over the compared rows of m of B samples) / (m / B  times the compared rows of all B)
+
+Each sample is as likely to be chosen as any other, so the expectation over the choice is the mean over the rows of the
+whole batch, also where samples have different numbers of rows (tokens). (The mean over the chosen rows would be a ratio
+of two random numbers, and biased.)
+
+With shared dropout a perturbed pass repeats the masks of the clean pass, which are drawn for a batch of its size: the
+clean pass then runs in two parts, the chosen samples and the rest.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alum_kernels.adversarial.heads import Head
+from alum_kernels.adversarial.passes import Part, TaskPass
+from alum_kernels.adversarial.row_losses import label_count
+from alum_kernels.adversarial.samples import sample_count, select_samples
+from alum_kernels.ops.noise_init import noise_init
+
+SELECTION_STREAM = 2**31 - 1
+"""Stream of the noise that chooses; perturbed sites have 0, 1, ..."""
+
+
+def choose(batch: Mapping[str, Any], fraction: float, seed: Tensor, sample_offset: int) -> tuple[Tensor, Tensor] | None:
+    """Indices of the chosen samples and of the rest, both rising; None where all are chosen.
+
+    ``round(fraction B)`` of B samples, one at least. A function of the seed and of the samples' places in the global
+    batch; nothing waits for the device.
+    """
+    count = sample_count(batch)
+    chosen = max(round(fraction * count), 1)
+    if chosen >= count:
+        return None
+    keys = noise_init(
+        torch.zeros(count, 1, 1, device=seed.device),
+        std=1.0,
+        distribution="uniform",
+        seed=seed,
+        stream=SELECTION_STREAM,
+        sample_offset=sample_offset,
+    )
+    order = keys.flatten().argsort()
+    return order[:chosen].sort().values, order[chosen:].sort().values
+
+
+@dataclass(frozen=True)
+class SubBatch:
+    """The samples that are perturbed, and those that are not.
+
+    Attributes:
+        head: what the model predicts.
+        chosen, rest: arguments of the model for each.
+        chosen_index, rest_index: (m,) and (B - m,) places in the batch, int64.
+        splits: the clean pass runs in two parts.
+    """
+
+    head: Head
+    chosen: Part
+    rest: Part
+    chosen_index: Tensor
+    rest_index: Tensor
+    splits: bool
+
+    @property
+    def fraction(self) -> float:
+        """m / B."""
+        return self.chosen_index.shape[0] / (self.chosen_index.shape[0] + self.rest_index.shape[0])
+
+    def selected(self, task: TaskPass, embeds: Sequence[Tensor]) -> tuple[TaskPass, list[Tensor]]:
+        """A clean pass over the whole batch, and its tensors at the sites, as the perturbed passes see them."""
+        chosen = self.chosen.passes.select(task.predictions, self.chosen_index)
+        rows = [part.rows() for part in task.predictions]
+        of_chosen = [_select_rows(tensor, self.chosen_index, self._samples) for tensor in embeds]
+        shares = self._shares([part.rows() for part in chosen], rows, task.loss.device)
+        return TaskPass(task.loss, task.outputs, chosen, shares), of_chosen
+
+    def joined(self, chosen: TaskPass, rest: TaskPass) -> TaskPass:
+        """A clean pass in two parts as one; losses are weighted by their labels, as the mean over the batch does."""
+        pairs = zip(chosen.predictions, rest.predictions, strict=True)
+        of_chosen = [part.rows() for part in chosen.predictions]
+        rows = [left.rows() + right.rows() for left, right in pairs]
+        shares = self._shares(of_chosen, rows, chosen.loss.device)
+        outputs = self._merged(chosen.outputs, rest.outputs)
+        return TaskPass(self._loss(chosen.loss, rest.loss), outputs, chosen.predictions, shares)
+
+    @property
+    def _samples(self) -> int:
+        return self.chosen_index.shape[0] + self.rest_index.shape[0]
+
+    def _shares(self, chosen: Sequence[Tensor | int], rows: Sequence[Tensor | int], device: torch.device) -> Tensor:
+        """(heads,) rows of the chosen over fraction times all rows: what turns a mean over the chosen into J."""
+        shares = []
+        for of_chosen, of_all in zip(chosen, rows, strict=True):
+            part, whole = (torch.as_tensor(count, device=device).float() for count in (of_chosen, of_all))
+            shares.append(part / (self.fraction * whole.clamp(min=1)))
+        return torch.stack(shares)
+
+    def _loss(self, chosen: Tensor, rest: Tensor) -> Tensor:
+        if self.chosen.batch.get("num_items_in_batch") is not None:
+            return chosen + rest
+        counts = [label_count(self.head, part.batch) for part in (self.chosen, self.rest)]
+        # the mean over no label is 0 / 0
+        sums = [
+            torch.where(count > 0, loss, 0) * count if isinstance(count, Tensor) else loss * count
+            for loss, count in zip((chosen, rest), counts, strict=True)
+        ]
+        total = counts[0] + counts[1]
+        return (sums[0] + sums[1]) / (total.clamp(min=1) if isinstance(total, Tensor) else total)
+
+    def _merged(self, chosen: Any, rest: Any) -> Any:
+        """What the model would have returned for the whole batch: its tensors of samples, in order; no loss."""
+        if isinstance(chosen, Tensor):
+            sizes = (self.chosen_index.shape[0], self.rest_index.shape[0])
+            if chosen.dim() == 0 or (chosen.shape[0] % sizes[0] or rest.shape[0] % sizes[1]):
+                return None
+            order = torch.cat([self.chosen_index, self.rest_index]).argsort()
+            return _select_rows(torch.cat([chosen, rest]), order, self._samples)
+        if isinstance(chosen, Mapping):
+            return type(chosen)(**{key: self._merged(value, rest.get(key)) for key, value in chosen.items()})
+        if isinstance(chosen, tuple | list):
+            return type(chosen)(self._merged(left, right) for left, right in zip(chosen, rest, strict=True))
+        return None
+
+
+def sub_batch_of(
+    head: Head,
+    whole: Part,
+    indices: tuple[Tensor, Tensor],
+    make_part: Callable[[Mapping[str, Any]], Part],
+    *,
+    splits: bool,
+) -> SubBatch:
+    """The two parts of a batch.
+
+    Args:
+        head: what the model predicts.
+        whole: the batch.
+        indices: as of :func:`choose`.
+        make_part: makes a :class:`Part` of a batch.
+        splits: the clean pass runs in two parts.
+
+    Raises:
+        ValueError: the loss of such a head cannot be put together from two parts.
+    """
+    if splits and len({part.field for part in head.parts}) > 1 and head.name == "pretraining":
+        raise ValueError(
+            "adversarial_fraction: expected dropout 'independent' or 'off' for a pretraining head, whose two losses "
+            "have different counts, so that the clean pass cannot run in two parts"
+        )
+    count = sample_count(whole.batch)
+    parts = [make_part(select_samples(whole.batch, index, count)) for index in indices]
+    return SubBatch(head, *parts, *indices, splits)
+
+
+def _select_rows(tensor: Tensor, index: Tensor, samples: int) -> Tensor:
+    """The rows of some samples; of multiple choice, a sample has one a choice."""
+    choices = tensor.shape[0] // samples
+    if choices == 1:
+        return tensor.index_select(0, index)
+    rows = index.unsqueeze(1) * choices + torch.arange(choices, device=index.device)
+    return tensor.index_select(0, rows.flatten())
