@@ -1,13 +1,14 @@
 """The whole-step benchmark on tiny shapes: every provider, the file it writes, and reasons where one cannot run."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective, symmetric_kl
+from alum_kernels.adversarial.captured import WARM_STEPS
 
 pytest.importorskip("transformers")
 
@@ -16,7 +17,7 @@ from benchmarks.flops import forward_of_shape
 from benchmarks.shapes import LLAMA_1B, ROBERTA_LARGE, SHAPES, Shape, labelled_rows
 from benchmarks.step import measure_shape
 from benchmarks.step_profile import profile_step
-from benchmarks.step_providers import CAPTURED, PROVIDERS, Bench, NotRunError
+from benchmarks.step_providers import CAPTURED, PROVIDERS, Bench
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -85,7 +86,7 @@ def test_who_cannot_take_which_step(registry, tmp_path):
     assert reasons["standard"] is reasons["naive"] is reasons["ours"] is None
     for provider in ("naive, labelled", "ours, all", "ours, logits"):
         assert "nothing to choose among" in reasons[provider]
-    assert reasons[CAPTURED]  # without CUDA there is no graph to capture
+    assert "CUDA graphs need a GPU" in reasons[CAPTURED]
 
 
 def test_a_shape_for_another_device_has_rows_that_say_so(registry):
@@ -130,22 +131,40 @@ def test_no_memory(monkeypatch):
     assert standard["of_standard"] == 1.0
 
 
-def test_a_version_without_an_option():
-    shape = TINY["classification"]
-    bench = Bench(shape, shape.make_model(CPU), shape.make_batch(CPU))
-    with pytest.raises(NotRunError, match="no halves, thirds"):
-        step_providers._objective(bench, thirds=1, halves=2)
+@dataclass
+class Captured:
+    """In the place of a captured step: gives up at the call ``fails_at``."""
+
+    fails_at: int | None
+    reason: str | None = None
+    calls: int = 0
+
+    def __call__(self, batch: dict) -> None:
+        self.calls += 1
+        if self.calls == self.fails_at:
+            self.reason = "its capture failed: by intent"
 
 
-def test_capture_is_run_or_says_why_not(monkeypatch):
-    shape = TINY["classification"]
+@pytest.mark.parametrize("task", ["classification", "masked_lm"])
+def test_a_capture_is_timed_once_it_stands(monkeypatch, task):
+    made: list[Captured] = []
 
-    class Captured:
-        reason = "no CUDA device"
+    def capture(objective: AdversarialObjective, batch: dict) -> Captured:
+        assert (objective.config.labelled_capacity is None) == (task == "classification")
+        made.append(Captured(fails_at))
+        return made[-1]
 
-    monkeypatch.setattr(AdversarialObjective, "capture", lambda self, batch, optimizer: Captured(), raising=False)
-    (row,) = measure_shape(shape, "eager", [CAPTURED], CPU, 1)
-    assert row["not_run"] == "not captured: no CUDA device"
+    monkeypatch.setattr(AdversarialObjective, "capture", capture)
+    fails_at = WARM_STEPS + 1  # where a graph is captured
+    (row,) = measure_shape(TINY[task], "eager", [CAPTURED], CPU, 1)
+    assert row["not_run"] == "its capture failed: by intent"
+    assert made[0].calls == fails_at
+    fails_at = None
+    (row,) = measure_shape(TINY[task], "eager", [CAPTURED], CPU, 1)
+    assert row["not_run"] is None
+    assert row["timing"]["median_s"] > 0
+    assert row["model_share"] is row["kernel_share"] is None
+    assert made[1].calls > WARM_STEPS + 1
 
 
 # figures
