@@ -8,11 +8,13 @@
 # TORCH      what to install where there is none
 # WORKERS    test processes (a core each)
 # BENCH      folder for what bench writes
+# ROUNDS     samples of each whole step
 # ARGS       arguments for the demo, such as ARGS="--train train.tsv --dev dev.tsv"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BENCH ?= bench-output
+ROUNDS ?= 15
 WORKERS ?= auto
 BIN := $(VENV)/bin
 NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml VERSION $(wildcard csrc/*.cpp csrc/*/*)
@@ -44,9 +46,9 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.accuracy --quick --backends reference native --json $(BENCH)/accuracy.json
 	$(BIN)/python -m benchmarks.flops
 	$(BIN)/python -m benchmarks.ops --quick --json $(BENCH)/ops.json
-	$(BIN)/python -m benchmarks.step --shape minilm-cls-16x64 --json $(BENCH)/step-classification.json \
+	$(BIN)/python -m benchmarks.step --shape minilm-cls-16x64 --rounds $(ROUNDS) --json $(BENCH)/step-classification.json \
 	  --providers standard naive smart-pytorch ours "ours, rho 0.25"
-	$(BIN)/python -m benchmarks.step --shape minilm-mlm-16x64 --json $(BENCH)/step-masked-lm.json \
+	$(BIN)/python -m benchmarks.step --shape minilm-mlm-16x64 --rounds $(ROUNDS) --json $(BENCH)/step-masked-lm.json \
 	  --providers standard naive ours "ours, rho 0.25"
 	$(BIN)/python -m benchmarks.report $(BENCH)/*.json --output $(BENCH)/report.html
 
