@@ -1,16 +1,20 @@
 # demo       virtual environment, install, the main job on real text, demo-output/report.html
 # test       virtual environment, install, the tests
 # lint       ruff and clang-format
-# bench      accuracy, ops and whole steps, printed
+# bench      accuracy, ops and whole steps, and a report of them in $(BENCH): under ten minutes on two CPU cores
 # gpu-check  on a CUDA machine: build, GPU tests, compute-sanitizer, op benchmark; needs no network
 #
 # PYTHON     the interpreter to start from (its torch is used if it has one)
 # TORCH      what to install where there is none
 # WORKERS    test processes (a core each)
+# BENCH      folder for what bench writes
+# ROUNDS     samples of each whole step
 # ARGS       arguments for the demo, such as ARGS="--train train.tsv --dev dev.tsv"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+BENCH ?= bench-output
+ROUNDS ?= 15
 WORKERS ?= auto
 BIN := $(VENV)/bin
 NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml VERSION $(wildcard csrc/*.cpp csrc/*/*)
@@ -38,15 +42,21 @@ lint: $(VENV)/.test
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*)
 
 bench: $(VENV)/.test
-	$(BIN)/python -m benchmarks.accuracy
-	$(BIN)/python -m benchmarks.ops
-	$(BIN)/python -m benchmarks.step
+	mkdir -p $(BENCH)
+	$(BIN)/python -m benchmarks.accuracy --quick --backends reference native --json $(BENCH)/accuracy.json
+	$(BIN)/python -m benchmarks.flops
+	$(BIN)/python -m benchmarks.ops --quick --json $(BENCH)/ops.json
+	$(BIN)/python -m benchmarks.step --shape minilm-cls-16x64 --rounds $(ROUNDS) --json $(BENCH)/step-classification.json \
+	  --providers standard naive smart-pytorch ours "ours, rho 0.25"
+	$(BIN)/python -m benchmarks.step --shape minilm-mlm-16x64 --rounds $(ROUNDS) --json $(BENCH)/step-masked-lm.json \
+	  --providers standard naive ours "ours, rho 0.25"
+	$(BIN)/python -m benchmarks.report $(BENCH)/*.json --output $(BENCH)/report.html
 
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
-	rm -rf $(VENV) build demo-output *.egg-info alum_kernels/_C*.so alum_kernels/_build.json
+	rm -rf $(VENV) build demo-output bench-output *.egg-info alum_kernels/_C*.so alum_kernels/_build.json
 
 # setuptools-scm: seqeval comes as a source that is built without isolation.
 # A torch that the interpreter already has is kept, whatever it was built for: the new environment sees the place where it

@@ -5,6 +5,7 @@
     sanitizer    memcheck, racecheck and initcheck of compute-sanitizer over a small run of every native kernel
     benchmark    the ops against eager PyTorch and torch.compile
     linear       the divergence of a linear head: accuracy, time and memory beside eager PyTorch and Liger-Kernel
+    step         whole training steps of BERT-base (masked LM, 32 x 512) and RoBERTa-large (16 x 128), few rounds
 
 Runs on the tree as it lies, with the interpreter that starts it: no git, no network, no virtual environment. Every
 stage is run even where one before it failed; the exit status is 1 if any failed. A tool that the machine does not
@@ -33,6 +34,12 @@ REFUSALS = ("Device not supported", "No attachable process", "Unable to find inj
 
 LINEAR_HEADS = ((768, 30522), (4096, 128256))
 """Hidden size and vocabulary: BERT's, and that of a large decoder."""
+
+STEPS = {
+    "bert-base-mlm-32x512": ("standard", "naive", "ours"),
+    "roberta-large-cls-16x128": ("standard", "naive", "ours", "ours, captured", "ours, rho 0.25"),
+}
+"""Whole-step shapes and who takes them. About half a minute each, most of it for starting and making the model."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,12 @@ def sanitize(tool: str) -> Stage:
     return run(tool, command, limit=120, refusals=REFUSALS, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
+def whole_step(shape: str, providers: tuple[str, ...], output: Path, machine: str) -> Stage:
+    target = output / f"{machine}-step-{shape}.json"
+    command = [sys.executable, "-m", "benchmarks.step", "--device", "cuda", "--shape", shape, "--json", str(target)]
+    return run(f"step {shape}", [*command, "--rounds", "5", "--providers", *providers], limit=120)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument("--skip", nargs="*", default=[], choices=["build", "tests", "sanitizer", "benchmark"])
@@ -152,12 +165,13 @@ def main() -> int:
                 *sizes,
             ]
             stages.append(run(f"linear {hidden}", command, limit=120))
+        stages += [whole_step(shape, providers, chosen.output, name) for shape, providers in STEPS.items()]
 
     machine = facts(torch.device("cuda"))
     write_results(
         chosen.output / f"{name}-check.json", "gpu-check", machine, stages=[asdict(stage) for stage in stages]
     )
-    print("\n" + "\n".join(f"{stage.name:12} {stage.outcome:8} {stage.seconds:6.1f} s" for stage in stages))
+    print("\n" + "\n".join(f"{stage.name:30} {stage.outcome:8} {stage.seconds:6.1f} s" for stage in stages))
     return 1 if any(stage.outcome == "failed" for stage in stages) else 0
 
 

@@ -68,6 +68,33 @@ def _gpu_facts() -> dict[str, Any]:
     }
 
 
+CLOCKS = {
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "max_sm_mhz": "clocks.max.sm",
+    "max_memory_mhz": "clocks.max.mem",
+    "power_limit_w": "power.limit",
+}
+"""Names in a result file, and what nvidia-smi calls them."""
+
+
+def _number(text: str) -> float | None:
+    """None for what nvidia-smi says in place of a figure that the device does not give."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _gpu_clocks() -> dict[str, float | None]:
+    """Clocks as they are now and at most, and the power limit, of the current device; None where unknown."""
+    device = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    query = f"--query-gpu={','.join(CLOCKS.values())}"
+    answer = _output("nvidia-smi", f"--id={device}", query, "--format=csv,noheader,nounits")
+    figures = [_number(text) for text in answer.split(",")] if answer else [None] * len(CLOCKS)
+    return dict(zip(CLOCKS, figures, strict=True))
+
+
 def facts(device: torch.device) -> dict[str, Any]:
     """Facts of the machine as JSON has them; ``load_average`` tells whether something else was running."""
     module, reason = native.load()
@@ -84,6 +111,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "packages": {package: _version(package) for package in PACKAGES},
         "native": reason if module is None else module.build_info(),
         "gpu": _gpu_facts() if device.type == "cuda" else None,
+        "gpu_clocks": _gpu_clocks() if device.type == "cuda" else None,
     }
 
 
@@ -114,7 +142,7 @@ def write_results(path: Path, what: str, known: dict[str, Any], **content: Any) 
 
     Args:
         path: a file, or a folder; see :func:`result_path`.
-        what: ``ops``, ``accuracy``, ``step``, ``linear-head`` or ``resources``.
+        what: ``ops``, ``accuracy``, ``step``, ``flops``, ``linear-head`` or ``resources``.
         known: of :func:`facts`, taken when the measurement began.
         content: the measurements.
 

@@ -33,6 +33,11 @@ def labelled_positions(logits: Tensor, labels: Tensor) -> Tensor:
     return logits[labels != IGNORED_LABEL]
 
 
+def labelled_successors(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, S, V) -> (labelled, V) of a causal LM, whose positions predict the label after them."""
+    return logits[:, :-1][labels[:, 1:] != IGNORED_LABEL]
+
+
 def naive_adversarial_step(
     model: nn.Module,
     batch: Mapping[str, Tensor],

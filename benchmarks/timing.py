@@ -145,6 +145,11 @@ def _peak_memory_on_cpu(call: Call) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     del result
+    return peak_of_profile(profile)
+
+
+def peak_of_profile(profile: torch.profiler.profile) -> int:
+    """Bytes that were held at the peak of a CPU profile with ``profile_memory``, besides what was held before."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
