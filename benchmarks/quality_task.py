@@ -5,12 +5,14 @@ import hashlib
 import itertools
 import json
 import time
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from alum_kernels import AdversarialConfig
+from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.evaluation import accuracy_under_attack
 from benchmarks.quality_results import Job, equal_time_steps
 from benchmarks.timing import Timing, measure
@@ -127,15 +129,8 @@ class TaskBench:
         calls = {}
         for method, objective in objectives.items():
             optimizer = adamw(model, objective, chosen.learning_rate)
-
-            def steps(objective=objective, optimizer=optimizer, turn=itertools.cycle(placed), period=periods[method]):
-                batch = next(turn)
-                for step in range(period):
-                    if objective is not None:
-                        objective.set_progress(step, period)
-                    training_step(model, objective, optimizer, batch)
-
-            calls[method] = steps
+            turn = itertools.cycle(placed)
+            calls[method] = partial(_steps, model, objective, optimizer, turn, periods[method])
         try:
             timings = measure(calls, device=device, rounds=chosen.rounds, warmup=WARM_UP, sample_seconds=0.0)
             return {
@@ -163,6 +158,21 @@ class TaskBench:
             self._accuracy_under_attack(model, norm, [batch])
             total += len(self.attacked) * (time.perf_counter() - began)
         return total
+
+
+def _steps(
+    model: nn.Module,
+    objective: AdversarialObjective | None,
+    optimizer: torch.optim.Optimizer,
+    turn: Iterator[Batch],
+    period: int,
+) -> None:
+    """Steps on the next batch, one of each cost."""
+    batch = next(turn)
+    for step in range(period):
+        if objective is not None:
+            objective.set_progress(step, period)
+        training_step(model, objective, optimizer, batch)
 
 
 def _period(config: AdversarialConfig | None) -> int:

@@ -40,8 +40,10 @@ OWN_SETTINGS = {
     "fgm": AdversarialConfig.fgm(step_size=5 * DEVIATION, epsilon=5 * DEVIATION),
     "vat": AdversarialConfig.vat(std=0.1 * DEVIATION, step_size=5 * DEVIATION, epsilon=5 * DEVIATION),
 }
-"""ALUM with a gradient that moves the perturbation, the same at less cost (a quarter of each batch, every fourth step,
-above the third layer, an ascent in bf16, perturbations kept for a second visit), SMART with both of its halves, and presets in MiniLM's units."""
+"""ALUM with a gradient that moves the perturbation; the same at less cost (a quarter of each batch, every fourth step,
+above the third layer, an ascent in bf16, perturbations kept for a second visit); SMART with both of its halves; and
+presets in MiniLM's units.
+"""
 
 METHODS = tuple(dict.fromkeys((STANDARD, *(name for name in PRESETS if name not in PRE_TRAINING), *OWN_SETTINGS)))
 

@@ -136,12 +136,12 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_model(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a one-layer BERT with that tokenizer."""
+    """Folder of a small BERT with that tokenizer."""
     from transformers import BertConfig, BertForMaskedLM
 
     folder = tmp_path_factory.mktemp("tiny-model")
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    shape = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
     BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
