@@ -11,25 +11,53 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.cuda_graphs import CudaGraphs
+from alum_kernels.adversarial.linear_head import LinearHead
 from alum_kernels.adversarial.model_state import RandomState, device_of, unwrap
+from alum_kernels.adversarial.output import AdversarialOutput
 from alum_kernels.adversarial.run import Draw, Plan, TaskOptions
 from alum_kernels.adversarial.step import RepeatedState
-
-if TYPE_CHECKING:
-    from alum_kernels.adversarial.config import AdversarialConfig
-    from alum_kernels.adversarial.objectives import AdversarialObjective
+from alum_kernels.adversarial.telemetry import Telemetry
 
 WARM_STEPS = 3
 """Steps of a shape before it is captured."""
 
 MOST_GRAPHS = 8
 """Shapes that are captured; each holds its activations and gradients."""
+
+
+class Objective(Protocol):
+    """What is captured of an :class:`AdversarialObjective`."""
+
+    model: nn.Module
+    config: AdversarialConfig
+    telemetry: Telemetry
+    linear_head: LinearHead | None
+
+    def backward(self, batch: Mapping[str, Any], scale: float | Tensor) -> dict[str, Tensor]:
+        """A step as it runs."""
+
+    def begin_step(self) -> Plan:
+        """Count a step, and what the course of the training makes of it."""
+
+    def draw_seed(self) -> Tensor:
+        """The next seed of the noise."""
+
+    def run_step(
+        self,
+        batch: Mapping[str, Any],
+        plan: Plan,
+        draw: Draw,
+        options: TaskOptions,
+        random: Callable[[torch.device], RepeatedState],
+    ) -> AdversarialOutput:
+        """A step as planned."""
 
 
 class GraphStates(Protocol):
@@ -92,7 +120,7 @@ class CapturedStep:
 
     def __init__(
         self,
-        objective: "AdversarialObjective",
+        objective: Objective,
         example_batch: Mapping[str, Any],
         optimizer: torch.optim.Optimizer | None = None,
         *,
@@ -253,9 +281,9 @@ class _Counted:
         self._state.restore()
 
 
-def obstacle(objective: "AdversarialObjective", optimizer: torch.optim.Optimizer | None) -> str | None:
+def obstacle(objective: Objective, optimizer: torch.optim.Optimizer | None) -> str | None:
     """Why the steps of an objective cannot be captured; None where they can."""
-    config: AdversarialConfig = objective.config
+    config = objective.config
     if objective.model is not unwrap(objective.model):
         return "the model is in DistributedDataParallel, which is not captured"
     if config.backward != "final":

@@ -1,13 +1,10 @@
 """Combinations of an adversarial config's fields that no step could do."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from alum_kernels.adversarial.config import AdversarialConfig
+from typing import Any
 
 
-def check_combination(config: "AdversarialConfig") -> None:
-    """Raises ValueError, naming the fields, for what no step could do."""
+def check_combination(config: Any) -> None:
+    """Raises ValueError, naming the fields, for what no step could do; ``config`` is an ``AdversarialConfig``."""
     linearises = config.linearity > 0 or config.linearity_gradient > 0
     if not (config.alpha or config.clean_weight or config.adversarial_weight or linearises):
         raise ValueError("alpha, clean_weight, adversarial_weight: expected one of them > 0, nothing would be trained")
@@ -59,7 +56,7 @@ def check_combination(config: "AdversarialConfig") -> None:
     _check_savings(config)
 
 
-def _check_savings(config: "AdversarialConfig") -> None:
+def _check_savings(config: Any) -> None:
     """What saves time or memory needs a clean pass whose prediction is compared, and one backward at the end."""
     compares_at_the_end = (
         config.backward == "final"
