@@ -77,7 +77,7 @@ class SubBatch:
         chosen = self.chosen.passes.select(task.predictions, self.chosen_index)
         rows = [part.rows() for part in task.predictions]
         of_chosen = [_select_rows(tensor, self.chosen_index, self._samples) for tensor in embeds]
-        shares = self._shares([part.rows() for part in chosen], rows, task.loss.device)
+        shares = self._shares([part.rows() for part in chosen], rows, task.loss)
         return TaskPass(task.loss, task.outputs, chosen, shares), of_chosen
 
     def joined(self, chosen: TaskPass, rest: TaskPass) -> TaskPass:
@@ -85,7 +85,7 @@ class SubBatch:
         pairs = zip(chosen.predictions, rest.predictions, strict=True)
         of_chosen = [part.rows() for part in chosen.predictions]
         rows = [left.rows() + right.rows() for left, right in pairs]
-        shares = self._shares(of_chosen, rows, chosen.loss.device)
+        shares = self._shares(of_chosen, rows, chosen.loss)
         outputs = self._merged(chosen.outputs, rest.outputs)
         return TaskPass(self._loss(chosen.loss, rest.loss), outputs, chosen.predictions, shares)
 
@@ -93,11 +93,15 @@ class SubBatch:
     def _samples(self) -> int:
         return self.chosen_index.shape[0] + self.rest_index.shape[0]
 
-    def _shares(self, chosen: Sequence[Tensor | int], rows: Sequence[Tensor | int], device: torch.device) -> Tensor:
-        """(heads,) rows of the chosen over fraction times all rows: what turns a mean over the chosen into J."""
+    def _shares(self, chosen: Sequence[Tensor | int], rows: Sequence[Tensor | int], loss: Tensor) -> Tensor:
+        """(heads,) rows of the chosen over fraction times all rows: what turns a mean over the chosen into J.
+
+        On the device of ``loss``, fp32 (fp64 for fp64).
+        """
+        dtype = torch.promote_types(loss.dtype, torch.float32)
         shares = []
         for of_chosen, of_all in zip(chosen, rows, strict=True):
-            part, whole = (torch.as_tensor(count, device=device).float() for count in (of_chosen, of_all))
+            part, whole = (torch.as_tensor(count, device=loss.device).to(dtype) for count in (of_chosen, of_all))
             shares.append(part / (self.fraction * whole.clamp(min=1)))
         return torch.stack(shares)
 
