@@ -76,10 +76,10 @@ def make_model(task: str, folder: Path | None, device: torch.device) -> nn.Modul
 
 
 def make_batch(
-    task: str, batch: int, length: int, device: torch.device, *, full_length: bool = False
+    task: str, batch: int, length: int, device: torch.device, *, full_length: bool = False, seed: int = 1
 ) -> dict[str, Tensor]:
     """Random words; padding at the end of each sequence, unless ``full_length``."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(length if full_length else length // 2, length + 1, (batch, 1), generator=generator)
     attention_mask = (torch.arange(length) < lengths).long()
     input_ids = torch.randint(FIRST_WORD, MINILM["vocab_size"], (batch, length), generator=generator) * attention_mask
