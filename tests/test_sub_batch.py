@@ -106,3 +106,23 @@ def test_the_mean_over_the_chosen_rows_would_be_biased(fused, by_content):
     _, of_ratios, gradient_of_ratios = mean_over_choices(model, batch, config, 2, by_content)
     assert relative(of_ratios, divergence) > 0.02
     assert relative(gradient_of_ratios, gradient) > 0.02
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_answers_that_lie_partly_outside_weigh_as_in_the_models_own_loss(family, monkeypatch):
+    """Starts and ends are means over different samples; one end is beyond the sequence, one in the padding."""
+    model = tiny_models.make(family, "spans", dtype=torch.float64)
+    starts, ends = torch.tensor([1, 2, 1, 0]), torch.tensor([2, 1000, 6, -100])
+    batch = {**batch_of("spans"), "start_positions": starts, "end_positions": ends}
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    gradient = Gradients.of(model).flat()
+    config = config_of(None, alpha=1e-30)
+    for chosen in range(1, SAMPLES):
+        for indices in itertools.combinations(range(SAMPLES), chosen):
+            parts = torch.tensor(indices), torch.tensor([index for index in range(SAMPLES) if index not in indices])
+            monkeypatch.setattr(run, "choose", lambda *_, parts=parts: parts)
+            found, _, own = one_step(model, batch, config.replace(adversarial_fraction=chosen / SAMPLES))
+            torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0)
+            assert relative(own, gradient) < 1e-12
