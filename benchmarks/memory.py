@@ -4,7 +4,7 @@
                                 [--threads 2] [--device cpu|cuda] [--json PATH]
 
 Bytes are those of tensors that a step holds at its peak besides what was held before it, as the allocator counts them;
-parameters and batch are held before. Each step is measured twice, after an unmeasured one.
+parameters and batch are held before. Each step is measured twice, after an unmeasured one on two samples.
 
     peak           without gradients before (zero_grad(set_to_none=True)): those of the parameters count
     activations    with gradients before, which the step adds to: they do not count; what a backward makes before it is
@@ -16,7 +16,8 @@ Standard training is ``outputs.loss.backward()``. ``memory="low"`` is meant to h
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,11 +28,15 @@ from torch import Tensor, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.adversarial.config import PRESETS
+from alum_kernels.adversarial.samples import sample_count, select_samples
 from benchmarks.machine import describe, facts, write_results
 from benchmarks.naive_step import all_positions, class_rows, naive_adversarial_step, standard_step
 from benchmarks.step import TASKS, make_batch, make_model, pretrained_folder
 from benchmarks.table import Table, ratio
-from benchmarks.timing import Call, peak_memory
+from benchmarks.timing import peak_memory
+
+Batch = Mapping[str, Tensor]
+BatchStep = Callable[[Batch], object]
 
 ALUM = AdversarialConfig.alum_finetuning
 LEARNING_RATE = 1e-5
@@ -81,22 +86,21 @@ class Prepared:
         method: the row.
         task: the model's.
         model: in training mode.
-        batch: arguments of the model, labels included.
 
     Attributes:
-        step: forward and backward; gradients are added to those there are.
+        step: forward and backward on a batch, labels included; gradients are added to those there are.
         remove: takes the method's hooks off the model.
     """
 
-    def __init__(self, method: Method, task: str, model: nn.Module, batch: dict[str, Tensor]) -> None:
+    def __init__(self, method: Method, task: str, model: nn.Module) -> None:
         self.remove: Callable[[], None] = lambda: None
         if method.name == "standard":
-            self.step: Call = partial(standard_step, model, batch)
+            self.step: BatchStep = partial(standard_step, model)
             return
         if method.name == "naive":
             rows = class_rows if task == "classification" else all_positions
             constants = {name: getattr(ALUM(), name) for name in ("alpha", "std", "step_size", "epsilon")}
-            self.step = partial(naive_adversarial_step, model, batch, rows, **constants)
+            self.step = lambda batch: naive_adversarial_step(model, batch, rows, **constants)
             return
         objective = AdversarialObjective(model, method.config)
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
@@ -105,7 +109,7 @@ class Prepared:
         options: dict[str, Any] = {}
         if method.config.backward == "replay":
             options["update"] = partial(_update, optimizer)
-        self.step = partial(objective.backward, batch, **options)
+        self.step = partial(objective.backward, **options)
         self.remove = objective.remove_hooks
 
 
@@ -114,31 +118,33 @@ def _update(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def forwards_of(step: Call, model: nn.Module, samples: int) -> float:
-    """Passes that a step runs, as shares of the batch."""
-    rows = []
+@contextmanager
+def counted_forwards(model: nn.Module) -> Iterator[list[int]]:
+    """Within the context, the list receives the number of samples of each pass through the model's end."""
+    samples: list[int] = []
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = (*args, *kwargs.values())
-        rows.append(next(value.shape[0] for value in given if isinstance(value, Tensor) and value.dim() > 0))
+        samples.append(next(value.shape[0] for value in given if isinstance(value, Tensor) and value.dim() > 0))
 
     handle = model.register_forward_hook(count, with_kwargs=True)
-    step()
-    handle.remove()
-    return sum(rows) / samples
+    try:
+        yield samples
+    finally:
+        handle.remove()
 
 
-def measured(step: Call, model: nn.Module, samples: int, device: torch.device) -> dict[str, Any]:
+def measured(step: BatchStep, model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Any]:
     """Peak and activations in bytes, and the forwards."""
+    samples = sample_count(batch)
+    # makes what a method makes once, such as the check of a linear head
+    step(select_samples(batch, torch.arange(min(2, samples), device=device), samples))
     model.zero_grad(set_to_none=True)
-    step()  # what a method makes once, such as the check of a linear head
+    with counted_forwards(model) as rows:
+        peak = peak_memory(lambda: step(batch), device)
+    activations = peak_memory(lambda: step(batch), device)  # the step before has left its gradients
     model.zero_grad(set_to_none=True)
-    forwards = forwards_of(step, model, samples)
-    activations = peak_memory(step, device)  # the pass before has left its gradients
-    model.zero_grad(set_to_none=True)
-    peak = peak_memory(step, device)
-    model.zero_grad(set_to_none=True)
-    return {"peak_bytes": peak, "activation_bytes": activations, "forwards": forwards}
+    return {"peak_bytes": peak, "activation_bytes": activations, "forwards": sum(rows) / samples}
 
 
 def run_task(task: str, options: argparse.Namespace, folder: Path | None, device: torch.device) -> list[dict[str, Any]]:
@@ -157,8 +163,8 @@ def run_task(task: str, options: argparse.Namespace, folder: Path | None, device
     for method in methods():
         if options.only and method.name not in ("standard", *options.only):
             continue
-        prepared = Prepared(method, task, model, batch)
-        found = measured(prepared.step, model, options.batch, device)
+        prepared = Prepared(method, task, model)
+        found = measured(prepared.step, model, batch, device)
         prepared.remove()
         base = results[0] if results else found
         row = {

@@ -31,21 +31,25 @@ FORWARDS = {
 }
 
 
-def test_gradients_count_once_and_only_where_the_step_makes_them():
-    """A step that holds a known number of bytes besides its gradients."""
+def test_gradients_count_where_the_step_makes_them():
+    """A step that holds 3 bytes for 4 of its gradient until the gradient is there, by hand."""
     model = torch.nn.Linear(1000, 1000, bias=False)
-    gradient = 4 * 1000 * 1000
+    size = model.weight.nbytes
 
-    def step() -> None:
-        held = torch.empty(500 * 1000)  # half as many bytes
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        held = torch.empty(750 * 1000)
+        if model.weight.grad is None:
+            model.weight.grad = torch.zeros_like(model.weight)
+        else:
+            model.weight.grad.zero_()
+        model(batch["inputs"])
         del held
-        gradient = torch.zeros_like(model.weight)
-        model.weight.grad = gradient if model.weight.grad is None else model.weight.grad.add_(gradient)
 
-    model.register_forward_hook(lambda *_: None)
-    found = measured(step, model, 1, CPU)
-    assert found["peak_bytes"] == gradient
-    assert found["activation_bytes"] == gradient  # what is made before it is added
+    found = measured(step, model, {"inputs": torch.zeros(4, 1000)}, CPU)
+    outputs = 4 * 4 * 1000
+    assert found["peak_bytes"] == size + 3 * size // 4 + outputs
+    assert found["activation_bytes"] == 3 * size // 4 + outputs
+    assert found["forwards"] == 1
     assert model.weight.grad is None
 
 
@@ -80,8 +84,8 @@ def test_low_memory_holds_one_graph_and_alum_two():
     peaks = {}
     for method in memory.methods():
         if method.name in ("standard", "alum_finetuning", "alum, memory low"):
-            prepared = Prepared(method, "classification", model, batch)
-            peaks[method.name] = measured(prepared.step, model, 16, CPU)["activation_bytes"]
+            prepared = Prepared(method, "classification", model)
+            peaks[method.name] = measured(prepared.step, model, batch, CPU)["activation_bytes"]
             prepared.remove()
     assert peaks["alum, memory low"] < memory.GOAL * peaks["standard"]
     assert 1.7 * peaks["standard"] < peaks["alum_finetuning"] < 2.3 * peaks["standard"]
