@@ -142,7 +142,7 @@ def write_results(path: Path, what: str, known: dict[str, Any], **content: Any) 
 
     Args:
         path: a file, or a folder; see :func:`result_path`.
-        what: ``ops``, ``accuracy``, ``step``, ``flops``, ``linear-head`` or ``resources``.
+        what: ``ops``, ``accuracy``, ``step``, ``flops``, ``memory``, ``estimators``, ``linear-head`` or ``resources``.
         known: of :func:`facts`, taken when the measurement began.
         content: the measurements.
 

@@ -134,10 +134,10 @@ class Shape:
             model.forward = torch.autocast("cuda", dtype=self.autocast)(model.forward)
         return model
 
-    def make_batch(self, device: torch.device) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask`` (batch, length) and ``labels`` of random words, the same at every call."""
+    def make_batch(self, device: torch.device, seed: int = 1) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` (batch, length) and ``labels`` of random words, the same for a seed."""
         config, (batch, length) = self.configuration(), (self.batch, self.length)
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed)
         shortest = length // 2 if self.padded else length
         lengths = torch.randint(shortest, length + 1, (batch, 1), generator=generator)
         attention_mask = (torch.arange(length) < lengths).long()
@@ -168,10 +168,14 @@ def _roberta_large(batch: int, length: int) -> Shape:
     )  # fmt: skip
 
 
-def _minilm(task: str, short: str) -> Shape:
+MINILM_TASKS = {"classification": "cls", "masked_lm": "mlm"}
+
+
+def minilm(task: str, batch: int = 16, length: int = 64) -> Shape:
+    """MiniLM on a task of :data:`MINILM_TASKS`."""
     return Shape(
-        f"minilm-{short}-16x64", "MiniLM", task, "bert", MINILM, 16, 64, ("cpu", "cuda"), padded=True,
-        pretrained=pretrained_minilm,
+        f"minilm-{MINILM_TASKS[task]}-{batch}x{length}", "MiniLM", task, "bert", MINILM, batch, length,
+        ("cpu", "cuda"), padded=True, pretrained=pretrained_minilm,
     )  # fmt: skip
 
 
@@ -186,8 +190,7 @@ _ALL = (
         "llama-1b-clm-4x1024", "Llama-3.2-1B", "causal_lm", "llama", LLAMA_1B, 4, 1024, ("cuda",), padded=False,
         autocast=torch.bfloat16,
     ),
-    _minilm("classification", "cls"),
-    _minilm("masked_lm", "mlm"),
+    *map(minilm, MINILM_TASKS),
 )  # fmt: skip
 
 SHAPES = {shape.name: shape for shape in _ALL}

@@ -162,6 +162,10 @@ class Head:
         shifted[:, :-1] = labels[:, 1:]
         return shifted
 
+    def answer_positions(self, batch: Mapping[str, Any]) -> Tensor:
+        """(B,) where answers start, or end, as the batch has it; this is one of ``parts`` of question answering."""
+        return self._checked_labels(batch, _LABEL_OF_FIELD[self.field])
+
     def _checked_labels(self, batch: Mapping[str, Any], key: str) -> Tensor:
         """(B, S) or (B,) integers."""
         labels = batch.get(key)

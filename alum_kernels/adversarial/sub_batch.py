@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.passes import Part, TaskPass
-from alum_kernels.adversarial.row_losses import label_count
+from alum_kernels.adversarial.row_losses import label_count, part_weight
 from alum_kernels.adversarial.samples import sample_count, select_samples
 from alum_kernels.ops.noise_init import noise_init
 
@@ -77,7 +78,7 @@ class SubBatch:
         chosen = self.chosen.passes.select(task.predictions, self.chosen_index)
         rows = [part.rows() for part in task.predictions]
         of_chosen = [_select_rows(tensor, self.chosen_index, self._samples) for tensor in embeds]
-        shares = self._shares([part.rows() for part in chosen], rows, task.loss.device)
+        shares = self._shares([part.rows() for part in chosen], rows, task.loss)
         return TaskPass(task.loss, task.outputs, chosen, shares), of_chosen
 
     def joined(self, chosen: TaskPass, rest: TaskPass) -> TaskPass:
@@ -85,33 +86,56 @@ class SubBatch:
         pairs = zip(chosen.predictions, rest.predictions, strict=True)
         of_chosen = [part.rows() for part in chosen.predictions]
         rows = [left.rows() + right.rows() for left, right in pairs]
-        shares = self._shares(of_chosen, rows, chosen.loss.device)
+        shares = self._shares(of_chosen, rows, chosen.loss)
         outputs = self._merged(chosen.outputs, rest.outputs)
-        return TaskPass(self._loss(chosen.loss, rest.loss), outputs, chosen.predictions, shares)
+        return TaskPass(self._loss(chosen, rest), outputs, chosen.predictions, shares)
 
     @property
     def _samples(self) -> int:
         return self.chosen_index.shape[0] + self.rest_index.shape[0]
 
-    def _shares(self, chosen: Sequence[Tensor | int], rows: Sequence[Tensor | int], device: torch.device) -> Tensor:
-        """(heads,) rows of the chosen over fraction times all rows: what turns a mean over the chosen into J."""
+    def _shares(self, chosen: Sequence[Tensor | int], rows: Sequence[Tensor | int], loss: Tensor) -> Tensor:
+        """(heads,) rows of the chosen over fraction times all rows: what turns a mean over the chosen into J.
+
+        On the device of ``loss``, fp32 (fp64 for fp64).
+        """
+        dtype = torch.promote_types(loss.dtype, torch.float32)
         shares = []
         for of_chosen, of_all in zip(chosen, rows, strict=True):
-            part, whole = (torch.as_tensor(count, device=device).float() for count in (of_chosen, of_all))
+            part, whole = (torch.as_tensor(count, device=loss.device).to(dtype) for count in (of_chosen, of_all))
             shares.append(part / (self.fraction * whole.clamp(min=1)))
         return torch.stack(shares)
 
-    def _loss(self, chosen: Tensor, rest: Tensor) -> Tensor:
+    def _loss(self, chosen: TaskPass, rest: TaskPass) -> Tensor:
+        if self.head.name == "question_answering":
+            return self._answer_loss((chosen.outputs, rest.outputs))
         if self.chosen.batch.get("num_items_in_batch") is not None:
-            return chosen + rest
+            return chosen.loss + rest.loss
         counts = [label_count(self.head, part.batch) for part in (self.chosen, self.rest)]
         # the mean over no label is 0 / 0
         sums = [
             torch.where(count > 0, loss, 0) * count if isinstance(count, Tensor) else loss * count
-            for loss, count in zip((chosen, rest), counts, strict=True)
+            for loss, count in zip((chosen.loss, rest.loss), counts, strict=True)
         ]
         total = counts[0] + counts[1]
         return (sums[0] + sums[1]) / (total.clamp(min=1) if isinstance(total, Tensor) else total)
+
+    def _answer_loss(self, outputs: Sequence[Any]) -> Tensor:
+        """The models' own, of starts and ends that are means over different samples: one may lie outside the sequence.
+
+        The sum of two such means cannot be weighted, so the cross-entropies are taken again.
+        """
+        means = []
+        for part in self.head.parts:
+            losses, counts = [], []
+            for side, given in zip((self.chosen, self.rest), outputs, strict=True):
+                logits = part.logits(given)
+                outside = logits.shape[1]
+                positions = part.answer_positions(side.batch).clamp(0, outside)
+                losses.append(cross_entropy(logits, positions, ignore_index=outside, reduction="sum"))
+                counts.append((positions < outside).sum())
+            means.append(sum(losses) / sum(counts).clamp(min=1))
+        return part_weight(self.head) * sum(means)
 
     def _merged(self, chosen: Any, rest: Any) -> Any:
         """What the model would have returned for the whole batch: its tensors of samples, in order; no loss."""

@@ -1,0 +1,128 @@
+"""A part of the batch: the mean over every choice of samples is the regulariser, and its gradient, of the whole batch.
+
+Here each sample's regulariser depends on that sample alone: no dropout, and a first perturbation that is a function of
+its embeddings, so that a sample is perturbed alike wherever it lies.
+"""
+
+import itertools
+import math
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import Gradients
+from torch import Tensor, nn
+
+from alum_kernels import AdversarialConfig, AdversarialObjective
+from alum_kernels.adversarial import perturbation, run
+from alum_kernels.adversarial.sub_batch import SubBatch
+
+SAMPLES, LENGTH = 4, 7
+CASES = [
+    pytest.param("classification", None, id="classification"),
+    pytest.param("regression", None, id="regression"),
+    pytest.param("choice", None, id="choice"),
+    pytest.param("spans", None, id="spans"),
+    pytest.param("masked_lm", False, id="masked-lm-logits"),
+    pytest.param("masked_lm", True, id="masked-lm-linear"),
+]
+
+
+def batch_of(task: str) -> dict[str, Tensor]:
+    """Samples that differ in length; of the masked LM, in their labelled tokens: 1, 0, 6 and 2 of them."""
+    batch = tiny_models.batch(task, SAMPLES, LENGTH)
+    if task == "masked_lm":
+        labelled = torch.arange(LENGTH) < torch.tensor([[1], [0], [6], [2]])
+        labelled = labelled & (batch["attention_mask"] == 1)
+        batch["labels"] = torch.where(labelled, batch["input_ids"], -100)
+    return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+
+
+def perturb_by_content(embeds: Tensor, *, std, mask=None, return_delta=False, **_) -> Tensor | tuple[Tensor, Tensor]:
+    """Stands in for ``noise_init``: what a row is moved by depends on the row alone."""
+    delta = 0.05 * torch.sin(40 * embeds.detach())
+    delta = delta if mask is None else delta * mask.unsqueeze(-1)
+    return (embeds + delta, delta) if return_delta else embeds + delta
+
+
+@pytest.fixture
+def by_content(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(perturbation, "noise_init", perturb_by_content)
+    return monkeypatch
+
+
+def config_of(fused: bool | None, **changes) -> AdversarialConfig:
+    ball = {"std": 0.0, "step_size": 5e-2, "epsilon": 8e-2, "normalize": "linf"}
+    return AdversarialConfig.alum_finetuning(**ball, fused_head=fused, **changes)
+
+
+def one_step(model: nn.Module, batch: dict[str, Tensor], config: AdversarialConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Task loss, divergence and the flat gradient of the step."""
+    objective = AdversarialObjective(model, config)
+    model.zero_grad()
+    figures = objective.backward(batch)
+    objective.remove_hooks()
+    return figures["task_loss"], figures["divergence"], Gradients.of(model).flat()
+
+
+def mean_over_choices(
+    model: nn.Module, batch: dict[str, Tensor], config: AdversarialConfig, chosen: int, patch: pytest.MonkeyPatch
+) -> tuple[Tensor, ...]:
+    """The mean of :func:`one_step` over all choices of so many samples, with that share as the fraction."""
+    results = []
+    for indices in itertools.combinations(range(SAMPLES), chosen):
+        rest = [index for index in range(SAMPLES) if index not in indices]
+        parts = torch.tensor(indices), torch.tensor(rest)
+        patch.setattr(run, "choose", lambda *_, parts=parts: parts)
+        results.append(one_step(model, batch, config.replace(adversarial_fraction=chosen / SAMPLES)))
+    assert len(results) == math.comb(SAMPLES, chosen)
+    return tuple(torch.stack(of_all).mean(0) for of_all in zip(*results, strict=True))
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("dropout", ["shared", "independent"])
+@pytest.mark.parametrize("chosen", [1, 2, 3])
+@pytest.mark.parametrize(("task", "fused"), CASES)
+def test_the_mean_over_all_choices_is_the_whole_batch(task, fused, chosen, dropout, by_content):
+    model = tiny_models.make("bert", task, dtype=torch.float64)
+    batch, config = batch_of(task), config_of(fused, dropout=dropout)
+    whole = one_step(model, batch, config)
+    assert whole[1] > 1e-5, "nothing was perturbed"
+    parts = mean_over_choices(model, batch, config, chosen, by_content)
+    for name, found, wanted in zip(("task loss", "divergence", "gradient"), parts, whole, strict=True):
+        assert relative(found, wanted) < 1e-10, name
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_mean_over_the_chosen_rows_would_be_biased(fused, by_content):
+    """The ratio of two sums that both depend on the choice."""
+    model, batch = tiny_models.make("bert", "masked_lm", dtype=torch.float64), batch_of("masked_lm")
+    config = config_of(fused, clean_weight=0.0)
+    _, divergence, gradient = one_step(model, batch, config)
+    by_content.setattr(SubBatch, "_shares", lambda self, chosen, *_: torch.ones(len(chosen)))
+    _, of_ratios, gradient_of_ratios = mean_over_choices(model, batch, config, 2, by_content)
+    assert relative(of_ratios, divergence) > 0.02
+    assert relative(gradient_of_ratios, gradient) > 0.02
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_answers_that_lie_partly_outside_weigh_as_in_the_models_own_loss(family, monkeypatch):
+    """Starts and ends are means over different samples; one end is beyond the sequence, one in the padding."""
+    model = tiny_models.make(family, "spans", dtype=torch.float64)
+    starts, ends = torch.tensor([1, 2, 1, 0]), torch.tensor([2, 1000, 6, -100])
+    batch = {**batch_of("spans"), "start_positions": starts, "end_positions": ends}
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    gradient = Gradients.of(model).flat()
+    config = config_of(None, alpha=1e-30)
+    for chosen in range(1, SAMPLES):
+        for indices in itertools.combinations(range(SAMPLES), chosen):
+            parts = torch.tensor(indices), torch.tensor([index for index in range(SAMPLES) if index not in indices])
+            monkeypatch.setattr(run, "choose", lambda *_, parts=parts: parts)
+            found, _, own = one_step(model, batch, config.replace(adversarial_fraction=chosen / SAMPLES))
+            torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0)
+            assert relative(own, gradient) < 1e-12
