@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from alum_kernels.adversarial.cuda_graphs import CaptureError
+
 HOST = ("_local_scalar_dense", "nonzero.default", "is_nonzero", "equal.default")
 
 
-class WaitsError(RuntimeError):
+class WaitsError(CaptureError):
     """An operation that the host waits for, which no capture allows."""
 
 

@@ -9,6 +9,7 @@ from recorded_graphs import RecordedGraphs
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.adversarial.captured import MOST_GRAPHS, WARM_STEPS, CapturedStep
+from alum_kernels.adversarial.cuda_graphs import CaptureError
 
 MOVED = AdversarialConfig.alum_finetuning(std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -130,10 +131,11 @@ def test_each_shape_has_a_graph_and_too_many_have_none():
     assert (graphs.recorded, graphs.replayed) == (MOST_GRAPHS, 2 * MOST_GRAPHS)
     another = batch_of("classification", 0, "cpu", MOST_GRAPHS + 1)
     for _ in range(WARM_STEPS):
+        assert torch.isfinite(step(another)["loss"])
+    with pytest.warns(UserWarning, match=f"{MOST_GRAPHS} shapes of batches are captured, others run as they are"):
         step(another)
-    with pytest.warns(UserWarning, match=f"not captured: {MOST_GRAPHS} shapes of batches are captured"):
-        step(another)
-    assert step.reason is not None
+    step(batch_of("classification", 0, "cpu", 1))
+    assert (graphs.recorded, graphs.replayed, step.reason) == (MOST_GRAPHS, 2 * MOST_GRAPHS + 1, None)
 
 
 @pytest.mark.parametrize(
@@ -178,15 +180,14 @@ def test_reading_a_number_from_the_device_ends_the_capture():
     step = CapturedStep(AdversarialObjective(model, MOVED), batch, graphs=RecordedGraphs())
     for _ in range(WARM_STEPS):
         step(batch)
-    with pytest.warns(UserWarning, match="its capture failed: operation not permitted"):
+    with pytest.raises(CaptureError, match="operation not permitted when stream is capturing"):
         step(batch)
-    assert torch.isfinite(step(batch)["loss"])
 
 
 def test_an_optimizer_that_a_graph_would_freeze_is_refused():
     model, batch = make("classification", 0.0, "cpu"), batch_of("classification", 0, "cpu")
     objective = AdversarialObjective(model, MOVED)
-    with pytest.warns(UserWarning, match="AdamW has capturable=False"):
+    with pytest.warns(UserWarning, match="AdamW does not have capturable=True"):
         CapturedStep(objective, batch, torch.optim.AdamW(model.parameters()), graphs=RecordedGraphs())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = CapturedStep(objective, batch, optimizer, graphs=RecordedGraphs())
@@ -194,6 +195,62 @@ def test_an_optimizer_that_a_graph_would_freeze_is_refused():
     optimizer.param_groups[0]["lr"] = 0.2
     with pytest.raises(ValueError, match=r"^optimizer: its learning rate changed from \[0.1\] to \[0.2\]"):
         step(batch)
+
+
+def trained(captured: bool, interrupt) -> list[torch.Tensor]:
+    """Parameters after five steps, an interruption, and five steps."""
+    model, batch = make("classification", 0.1, "cpu"), batch_of("classification", 0, "cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    objective = AdversarialObjective(model, MOVED)
+    step = CapturedStep(objective, batch, optimizer, graphs=RecordedGraphs()) if captured else None
+    torch.manual_seed(1)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            if captured:
+                step(batch)
+            else:
+                optimizer.zero_grad()
+                objective.backward(batch)
+                optimizer.step()
+
+    run(5)
+    interrupt(model, optimizer, objective, run)
+    run(5)
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def load_a_checkpoint(model, optimizer, objective, run) -> None:
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), objective.state_dict()))
+    run(5)
+    for part, state in zip((model, optimizer, objective), kept, strict=True):
+        part.load_state_dict(state)
+
+
+def decay_the_weights(model, optimizer, objective, run) -> None:
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+
+
+def freeze_a_layer(model, optimizer, objective, run) -> None:
+    model.bert.encoder.layer[0].requires_grad_(False)
+    for parameter in model.bert.encoder.layer[0].parameters():
+        parameter.grad = None
+
+
+@pytest.mark.parametrize("interrupt", [load_a_checkpoint, decay_the_weights, freeze_a_layer])
+def test_what_a_graph_holds_may_change(interrupt):
+    for mine, theirs in zip(trained(True, interrupt), trained(False, interrupt), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_number_of_items_is_no_shape():
+    model, graphs = make("masked_lm", 0.0, "cpu"), RecordedGraphs()
+    objective = AdversarialObjective(model, MOVED.replace(labelled_capacity=0.6))
+    batch = batch_of("masked_lm", 0, "cpu")
+    step = CapturedStep(objective, batch, graphs=graphs)
+    losses = [float(step({**batch, "num_items_in_batch": items})["task_loss"]) for items in (4, 8, 16, 4, 8, 16)]
+    assert (graphs.recorded, graphs.replayed) == (1, 3)
+    assert losses == pytest.approx([losses[0], losses[0] / 2, losses[0] / 4] * 2, rel=1e-6)
 
 
 def test_a_batch_that_cannot_be_told_apart_is_refused():

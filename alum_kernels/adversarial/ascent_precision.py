@@ -25,6 +25,9 @@ class AscentPrecision:
     def __init__(self, model: nn.Module, name: str | None) -> None:
         self._model, self._name = model, name
         self._float8 = Float8Layers(model) if name == "float8" else None
+        found = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+        if name == "float32" and found in _DTYPES.values():
+            raise ValueError(f"ascent_dtype: expected a model with fp32 parameters for 'float32', got {found}")
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -36,5 +39,7 @@ class AscentPrecision:
                 yield
             return
         device = next(self._model.parameters()).device.type
+        torch.clear_autocast_cache()  # weights that the training's autocast cast to another dtype
         with torch.autocast(device, dtype=_DTYPES.get(self._name), enabled=self._name in _DTYPES):
             yield
+        torch.clear_autocast_cache()

@@ -103,19 +103,24 @@ class CapturedStep:
     few. What is no tensor in a batch belongs to its shape. The same autocast as around :meth:`__call__` is captured.
     Whatever the host decides in a step is decided once; what a schedule changes on the device goes on changing.
 
-    Where a step cannot be captured, every call runs it as it is, and a warning says why, once.
+    Where it is known that a step cannot be captured, every call runs it as it is, and a warning says why, once. What is
+    known only in the capture raises.
+
+    Parameters that are frozen or thawed, another state of the optimizer (a checkpoint's) or other constants of it make
+    a new capture; another learning rate that is a number raises, since a schedule changes it in every step.
 
     Args:
         objective: the objective.
         example_batch: arguments of the model, labels included, as they will come.
-        optimizer: with ``capturable=True`` where it has that option; a learning rate that changes must be a tensor.
+        optimizer: ``SGD``, or one with ``capturable=True``; a learning rate that changes must be a tensor.
         graphs: what records; None takes CUDA graphs.
 
     Attributes:
         reason: why steps are not captured; None where they are.
 
     Raises:
-        ValueError: the example batch is not one that the model can be trained on, or a learning rate changed.
+        ValueError: a batch has something that cannot be told apart, or a learning rate changed.
+        CaptureError: the model, the loss or the optimizer does what no capture allows.
     """
 
     def __init__(
@@ -131,6 +136,7 @@ class CapturedStep:
         self._graphs = CudaGraphs(device) if graphs is None else graphs
         self._shapes: dict[Hashable, _Shape] = {}
         self._rates = self._learning_rates()
+        self._last_held, self._said_full = self._held(), False
         self.reason: str | None = None
         self._give_up(self._graphs.obstacle(device) or obstacle(objective, optimizer))
         _shape_of(example_batch)
@@ -152,20 +158,44 @@ class CapturedStep:
                 f"optimizer: its learning rate changed from {self._rates} to {self._learning_rates()}, which a "
                 "captured step does not see; pass lr as a tensor on the device, which schedulers change in place"
             )
+        if (held := self._held()) != self._last_held:
+            self._shapes.clear()
+            self._last_held = held
+        items = batch.get("num_items_in_batch")
+        if isinstance(items, int):  # which would be a shape of its own
+            batch = {**batch, "num_items_in_batch": torch.full((), items, device=self._device)}
         plan = self._objective.begin_step()
         key = (_shape_of(batch), _autocast(self._device), plan.weights, plan.check_signal)
         shape = self._shapes.setdefault(key, _Shape())
         seed = self._objective.draw_seed() if plan.weights.perturbs else None
-        if shape.replay is None and shape.steps < WARM_STEPS:
-            return self._warm(shape, batch, plan, seed, scale)
+        if shape.replay is None and (shape.steps < WARM_STEPS or self._full()):
+            figures = self._warm(shape, batch, plan, seed, scale)
+            self._last_held = self._held()  # the first steps make the optimizer's state
+            return figures
         if shape.replay is None:
-            if sum(other.replay is not None for other in self._shapes.values()) >= MOST_GRAPHS:
-                self._give_up(f"{MOST_GRAPHS} shapes of batches are captured and another one came; pad them to fewer")
-            else:
-                self._capture(shape, batch, plan, seed)
-            if self.reason is not None:
-                return self._step(batch, plan, seed, scale, RandomState)
+            self._capture(shape, batch, plan, seed)
         return self._replay(shape, batch, seed, scale)
+
+    def _full(self) -> bool:
+        """Whether there are as many graphs as there may be; says so the first time."""
+        full = sum(shape.replay is not None for shape in self._shapes.values()) >= MOST_GRAPHS
+        if full and not self._said_full:
+            self._said_full = True
+            warnings.warn(
+                f"{MOST_GRAPHS} shapes of batches are captured, others run as they are; pad batches to fewer lengths",
+                stacklevel=3,
+            )
+        return full
+
+    def _held(self) -> tuple[Any, ...]:
+        """What a graph has the addresses and values of: trained parameters, the optimizer's state and constants."""
+        held: list[Any] = [id(parameter) for parameter in self._parameters]
+        if self._optimizer is not None:
+            for group in self._optimizer.param_groups:
+                held += [(name, value) for name, value in sorted(group.items()) if isinstance(value, int | float)]
+            for state in self._optimizer.state.values():
+                held += [value.data_ptr() if isinstance(value, Tensor) else value for value in state.values()]
+        return tuple(held)
 
     @property
     def _device(self) -> torch.device:
@@ -226,7 +256,7 @@ class CapturedStep:
 
         def body(states: GraphStates) -> None:
             figures = self._step(shape.batch, plan, shape.seed, shape.scale, lambda _: states)
-            kept.append(torch.stack([figures[name].float() for name in sorted(figures)]))
+            kept.append(torch.stack([figures[name].to(figures["loss"].dtype) for name in sorted(figures)]))
 
         enabled, dtype = _autocast(device)
         # weights that were cast before the capture, or in it, belong to no other step
@@ -234,9 +264,6 @@ class CapturedStep:
         try:
             with precision:
                 replay = self._graphs.record(body, shape.restores)
-        except (RuntimeError, AssertionError) as error:  # torch's ways to refuse an operation in a capture
-            self._give_up(f"its capture failed: {error}")
-            return
         finally:
             shape.counts = telemetry.counts - before
             telemetry.counts = before
@@ -304,9 +331,10 @@ def obstacle(objective: Objective, optimizer: torch.optim.Optimizer | None) -> s
         return "the number of labelled positions is read from the device; set labelled_capacity"
     if any(getattr(module, "gradient_checkpointing", False) for module in objective.model.modules()):
         return "recomputed segments keep dropout's state on the host"
-    for group in [] if optimizer is None else optimizer.param_groups:
-        if group.get("capturable") is False:
-            return f"{type(optimizer).__name__} has capturable=False"
+    if optimizer is None or type(optimizer) is torch.optim.SGD:
+        return None
+    if not all(group.get("capturable") for group in optimizer.param_groups):
+        return f"{type(optimizer).__name__} does not have capturable=True, so it counts its steps on the host"
     return None
 
 

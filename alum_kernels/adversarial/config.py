@@ -160,8 +160,8 @@ class AdversarialConfig(Presets):
         method: name for logs and reports; it selects nothing.
         seed: of the noise; every rank uses the same.
         telemetry: collect the figures of :class:`alum_kernels.adversarial.telemetry.Telemetry`.
-        signal_check_interval: every so many steps one more forward measures J(delta) / J(delta / 2), near 4 where the
-            divergence is signal and near 1 where it is rounding noise; 0 never does.
+        signal_check_interval: every so many perturbed steps one more forward measures J(delta) / J(delta / 2), near 4
+            where the divergence is signal and near 1 where it is rounding noise; 0 never does.
 
     Raises:
         TypeError, ValueError: a field of the wrong type, an unknown word, a number out of range, or a combination that

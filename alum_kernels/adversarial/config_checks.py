@@ -86,6 +86,10 @@ def _check_savings(config: Any) -> None:
             "ascent_depth: expected 0 with modules, a site other than the embeddings or both sides, since it is a "
             f"place to perturb itself, got {config.ascent_depth}"
         )
+    if config.memory == "low" and config.dropout == "independent":
+        raise ValueError(
+            "memory: expected 'high' with dropout='independent': the clean pass runs twice, and must be the same twice"
+        )
     if config.ascent_depth and config.memory == "low":
         raise ValueError("ascent_depth: expected 0 with memory='low', which keeps no clean graph to go on from")
     if config.delta_lifetime > 1 and (config.adversarial_fraction < 1 or config.steps == 0):

@@ -5,6 +5,10 @@ from collections.abc import Callable
 import torch
 
 
+class CaptureError(RuntimeError):
+    """Work that cannot be recorded. The device's allocator may go on as in a capture: start the process anew."""
+
+
 class RepeatedGenerators:
     """States of a device's default generator, one for each pass that draws again what the first pass drew.
 
@@ -15,6 +19,7 @@ class RepeatedGenerators:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._generator = torch.cuda.default_generators[index]
         self._own = self._generator.graphsafe_get_state()
+        self._before = self._generator.clone_state()
         self._states = [self._generator.clone_state() for _ in range(passes)]
         self._next = 0
 
@@ -27,6 +32,10 @@ class RepeatedGenerators:
         """The next pass draws from its own state."""
         self._generator.graphsafe_set_state(self._states[self._next])
         self._next += 1
+
+    def abandon(self) -> None:
+        """After a capture that failed, whose state may stay one of a capture: the default generator has another one."""
+        self._generator.graphsafe_set_state(self._before)
 
     def finish(self) -> None:
         """The default generator is its own again."""
@@ -72,16 +81,23 @@ class CudaGraphs:
 
         Returns:
             What launches the work on the current stream.
+
+        Raises:
+            CaptureError: an operation that no capture allows.
         """
         graph = torch.cuda.CUDAGraph()
         generators = RepeatedGenerators(self._device, passes)
         generators.register(graph)
+        current = torch.cuda.current_stream(self._device)
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._side()):
+            # threads that load data may go on calling CUDA meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._side(), capture_error_mode="thread_local"):
                 body(generators)
                 generators.finish()
-        finally:
-            generators.finish()
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # the end of a failed capture raises before it leaves its stream
+            generators.abandon()
+            raise CaptureError(f"a step cannot be captured: {error}") from error
         self._pool = graph.pool()
 
         def replay() -> None:

@@ -22,7 +22,8 @@ class DeltaStore:
     """The last climbed perturbation of each sample, and how often it served.
 
     A sample of S positions and H features takes 4 S H bytes a site, on the device of the model: 1.5 MiB at S = 512,
-    H = 768. Positions are those of the batch: a sample must lie in its row as it did before (padding on the right).
+    H = 768; up to twice that while new batches take the place of old ones, which are kept as a whole. Positions are
+    those of the batch: a sample must lie in its row as it did before (padding on the right).
 
     Args:
         lifetime: visits that one perturbation serves, the one that climbed it included.
@@ -34,6 +35,10 @@ class DeltaStore:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._kept.clear()
 
     def take(self, samples: Sequence[int]) -> list[Callable[[tuple[int, ...]], Tensor]] | None:
         """For each site, the perturbations of a batch of (B, S, H); None where one of its samples is due for an ascent.
@@ -48,13 +53,14 @@ class DeltaStore:
         return [partial(_of_shape, [one.deltas[site][one.row] for one in kept]) for site in range(len(kept[0].deltas))]
 
     def put(self, samples: Sequence[int], deltas: Sequence[Tensor]) -> None:
-        """Keep what was climbed for a batch, (B, S, H) a site."""
-        kept = tuple(delta.detach() for delta in deltas)
+        """Keep what was climbed for a batch of B, (B C, S, H) a site, C rows a sample."""
+        kept = tuple(delta.detach().unflatten(0, (len(samples), -1)) for delta in deltas)
         for row, sample in enumerate(samples):
             self._kept[sample] = _Kept(kept, row, 1)
 
 
 def _of_shape(deltas: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """(B, S, H) of B tensors (S', H)."""
+    """(B C, S, H) of B tensors (C, S', H)."""
     length = shape[1]
-    return torch.stack([pad(delta[:length], (0, 0, 0, max(length - delta.shape[0], 0))) for delta in deltas])
+    fitted = [pad(delta[:, :length], (0, 0, 0, max(length - delta.shape[1], 0))) for delta in deltas]
+    return torch.stack(fitted).flatten(0, 1)

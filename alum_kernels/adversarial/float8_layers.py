@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from alum_kernels.adversarial.model_state import replaced_forwards
+
 MULTIPLE = 16
 """What the sizes of an fp8 product must be multiples of."""
 
@@ -57,10 +59,5 @@ class Float8Layers:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within the context these layers compute in fp8."""
-        for layer, forward in self._pairs:
-            layer.forward = forward
-        try:
+        with replaced_forwards(self._pairs):
             yield
-        finally:
-            for layer, _ in self._pairs:
-                del layer.forward  # the class's own is found again

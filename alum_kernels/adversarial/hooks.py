@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alum_kernels.adversarial.model_state import replaced_forwards
 from alum_kernels.adversarial.sites import Site
 
 _NOT_SEEN = (
@@ -86,15 +87,11 @@ class PerturbationHooks:
         self._replace, self._known = replace, known
         self._used = True
         self._calls = [0] * len(self.names)
-        skipped = [] if known is None else [pair for pair in self._lookups if "forward" not in vars(pair[0])]
-        for module, give in skipped:
-            module.forward = give
         try:
-            yield
+            with replaced_forwards([] if known is None else self._lookups):
+                yield
         finally:
             self._replace = self._known = None
-            for module, _ in skipped:
-                del module.forward  # the class's own is found again
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels.adversarial.layers import layer_list
-from alum_kernels.adversarial.model_state import RandomState
+from alum_kernels.adversarial.model_state import RandomState, replaced_forwards
 from alum_kernels.adversarial.sites import Site
 
 
@@ -74,13 +74,8 @@ class LowerLayers:
     @contextmanager
     def skipped(self) -> Iterator[None]:
         """Within the context the layers give what they are given."""
-        for layer, pass_on in zip(self._layers, self._passes_on, strict=True):
-            layer.forward = pass_on
-        try:
+        with replaced_forwards(zip(self._layers, self._passes_on, strict=True)):
             yield
-        finally:
-            for layer in self._layers:
-                del layer.forward  # the class's own is found again
 
     def _pass_on(self, index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden,) if self._gives_tuple[index] else hidden

@@ -1,7 +1,8 @@
 """What a step reads of a model and puts back: its place, its modules' modes, the state of dropout's generators."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,23 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def replaced_forwards(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Other forwards of some modules within the context; afterwards what was there, a patch of somebody's included."""
+    pairs = list(pairs)
+    before = [(module, vars(module).get("forward")) for module, _ in pairs]
+    for module, forward in pairs:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                del module.forward  # the class's is found again
+            else:
+                module.forward = own
 
 
 def dropout_off_in_backward(model: nn.Module, loss: Tensor) -> None:

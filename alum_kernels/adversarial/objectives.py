@@ -94,7 +94,7 @@ class AdversarialObjective:
         if loss is not None:
             self._runner.refuse_other_losses("loss")
         self._seeds = NoiseSeeds(config.seed)
-        self._steps = 0
+        self._steps = self._perturbed_steps = 0
         self._progress: Progress | None = None
         self._teaching = Teaching(model, config, self._now)
 
@@ -197,18 +197,13 @@ class AdversarialObjective:
         """Count a step, and what the course of the training makes of it."""
         progress = self._now()
         self._steps += 1
-        interval = self.config.signal_check_interval
-        plan = Plan(
-            weights=weights_of(self.config, progress),
-            size=1.0,
-            check_signal=interval > 0 and self._steps % interval == 0,
-            proximal=self._teaching.teacher(),
-        )
+        plan = Plan(weights_of(self.config, progress), check_signal=False, proximal=self._teaching.teacher())
         if not plan.weights.perturbs:
             return plan
-        size = progress.value("epsilon_schedule", self.config.epsilon_schedule)
-        self._runner.scale(size)
-        return plan._replace(size=size)
+        self._runner.scale(progress.value("epsilon_schedule", self.config.epsilon_schedule))
+        self._perturbed_steps += 1
+        interval = self.config.signal_check_interval
+        return plan._replace(check_signal=interval > 0 and self._perturbed_steps % interval == 0)
 
     def run_step(
         self,
@@ -272,12 +267,15 @@ class AdversarialObjective:
         return {
             "generator": self._seeds.get_state(),
             "steps": self._steps,
+            "perturbed_steps": self._perturbed_steps,
             "proximal": self._teaching.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a checkpoint; a teacher in it is taken up by the one that follows the optimizer."""
         self._steps = state["steps"]
+        self._perturbed_steps = state.get("perturbed_steps", self._steps)
+        self._runner.forget()
         self._seeds.set_state(state["generator"])
         self._teaching.load_state_dict(state.get("proximal"))
 

@@ -1,6 +1,5 @@
 """How the passes over one batch are run and read: through the model's logits, or the hidden states of a linear head."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -62,15 +61,15 @@ class LogitPasses:
 class LinearPasses:
     """Passes whose token predictions are the hidden states of the compared rows, gathered before any product.
 
-    Their number, and that of the labels, is read from the device once a batch; with a ``capacity`` it is not.
+    Their number, and that of the labels, is read from the device once a batch; where there is room for them it is not.
 
     Args:
         head: what the model predicts.
         batch: arguments of the model, labels included.
         positions: ``"labelled"`` or ``"all"`` are compared.
         linear: the output projection.
-        capacity: share of the positions of a batch that may have a label; None reads their number from the device. A
-            batch with more has a loss of NaN. ``"all"`` then gathers no rows to compare, and masks those of padding.
+        room: for so many labelled positions; None reads their number from the device. A batch with more has a loss of
+            NaN. ``"all"`` then gathers no rows to compare, and masks those of padding.
     """
 
     def __init__(
@@ -79,17 +78,17 @@ class LinearPasses:
         batch: Mapping[str, Any],
         positions: str,
         linear: LinearHead,
-        capacity: float | None = None,
+        room: int | None = None,
     ) -> None:
         self._linear, self._head, self._parts, self._tokens, self._batch = linear, head, head.parts, head.tokens, batch
         self._other_labels = {part: part.labels(batch) for part in self._parts if part != self._tokens}
         labels = self._tokens.labels(batch).flatten()
-        self._labelled = chosen_rows(labels != IGNORED_LABEL, capacity)
+        self._labelled = chosen_rows(labels != IGNORED_LABEL, room)
         self._labels = self._labelled.of(labels, IGNORED_LABEL)
         self._compared = self._labelled
         if positions == "all":
             mask = self._tokens.row_mask(batch, positions)
-            if mask is None or capacity is not None:
+            if mask is None or room is not None:
                 self._compared = ChosenRows(None, None if mask is None else mask.flatten())
             else:
                 self._compared = chosen_rows(mask.flatten(), None)
@@ -202,7 +201,7 @@ class ChosenRows:
     Attributes:
         index: (N,) their places, None for all.
         valid: (N,) bool, which of them count; None for all.
-        overflow: whether there were more than the capacity, 0-d bool; None where that cannot be.
+        overflow: whether there were more than room for them, 0-d bool; None where that cannot be.
     """
 
     index: Tensor | None
@@ -219,11 +218,11 @@ class ChosenRows:
         return max(self.index.shape[0], 1) if self.valid is None else self.valid.sum().clamp(min=1)
 
 
-def chosen_rows(wanted: Tensor, capacity: float | None) -> ChosenRows:
-    """The rows where ``wanted`` (M,) bool is true: as many as there are, or room for a share ``capacity`` of M."""
-    if capacity is None:
+def chosen_rows(wanted: Tensor, room: int | None) -> ChosenRows:
+    """The rows where ``wanted`` (M,) bool is true: as many as there are, or ``room`` for them, M at most."""
+    if room is None:
         return ChosenRows(wanted.nonzero().squeeze(1))
-    room = math.ceil(capacity * wanted.shape[0])
+    room = min(room, wanted.shape[0])
     index = torch.nonzero_static(wanted, size=room, fill_value=0).squeeze(1)
     count = wanted.sum()
     return ChosenRows(index, torch.arange(room, device=wanted.device) < count, count > room)

@@ -43,8 +43,8 @@ class Prediction:
         return replace(self, values=self.values.detach())
 
     def like(self, other: "Prediction") -> "Prediction":
-        """The same values in the dtype of another pass's, differentiable."""
-        return replace(self, values=self.values.to(other.values.dtype))
+        """The same values in the dtype of another pass's, and projected as there; differentiable."""
+        return replace(self, values=self.values.to(other.values.dtype), captured=other.captured)
 
     def with_products(self) -> "Prediction":
         """The same with the clean products kept, where they fit the budget of a chunk."""
@@ -97,6 +97,13 @@ def _reduced(
         )
 
 
+def in_fp16(tensor: Tensor) -> bool:
+    """Whether a pass that this tensor belongs to computes in fp16."""
+    device = tensor.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return autocast or tensor.dtype == torch.float16
+
+
 def divergence_sum(
     adv: Sequence[Prediction], clean: Sequence[Prediction], config: AdversarialConfig, divergence: str
 ) -> Tensor:
@@ -116,7 +123,7 @@ def sum_and_gradients(
 
     No parameter gets one. Gradients of fp16 passes are fp32, with the factor that kept them apart from zero taken out.
     """
-    scale = FP16_GRAD_SCALE if any(a.values.dtype == torch.float16 for a in adv) else 1.0
+    scale = FP16_GRAD_SCALE if any(in_fp16(a.values) for a in adv) else 1.0
     adv = [a.like(c) for a, c in zip(adv, clean, strict=True)]  # an ascent in another precision than the clean pass
     sums, grad_values = zip(
         *(_sum(a, c, config, divergence, scale) for a, c in zip(adv, clean, strict=True)), strict=True

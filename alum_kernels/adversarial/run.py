@@ -1,5 +1,6 @@
 """Runs steps on one model: what is perturbed, by which passes, and what is kept from one step to the next."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -71,13 +72,11 @@ class Plan(NamedTuple):
 
     Attributes:
         weights: of its terms.
-        size: factor of the perturbation's magnitudes.
         check_signal: measure the divergence at half the perturbation as well.
         proximal: the teacher, None for none.
     """
 
     weights: Weights
-    size: float
     check_signal: bool
     proximal: BregmanProximal | None
 
@@ -143,6 +142,11 @@ class StepRunner:
             if installed is not None:
                 installed.remove()
 
+    def forget(self) -> None:
+        """Keep no perturbation of a sample: they are of another training."""
+        if self._deltas is not None:
+            self._deltas.clear()
+
     def scale(self, size: float) -> None:
         """Multiply the perturbation's magnitudes by ``size`` from here on."""
         self._constants.scale(size)
@@ -172,10 +176,14 @@ class StepRunner:
         with dropout_off(model) if config.dropout == "off" else nullcontext():
             linear = self.fused.of_batch(model, batch, options.own_loss)
 
+            room = None
+            if linear is not None and config.labelled_capacity is not None:
+                room = math.ceil(config.labelled_capacity * self._head.tokens.labels(batch).numel())
+
             def make_part(batch: Mapping[str, Any]) -> Part:
                 passes = LogitPasses(self._head, batch, config.positions) if config.compares else None
                 if linear is not None:
-                    passes = LinearPasses(self._head, batch, config.positions, linear, config.labelled_capacity)
+                    passes = LinearPasses(self._head, batch, config.positions, linear, room)
                 return Part(batch, self._inputs(batch), passes)
 
             def task(model: nn.Module, part: Part) -> TaskPass:

@@ -28,4 +28,9 @@ def select_samples(batch: Mapping[str, Any], index: Tensor, count: int) -> dict[
         of_samples = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
         return value.index_select(0, index) if of_samples else value
 
-    return {key: selected(value) for key, value in batch.items()}
+    def of_key(key: str, value: Any) -> Any:
+        if key == "position_ids" and isinstance(value, Tensor) and value.dim() == 3:  # (axes, B, S)
+            return value.index_select(1, index) if value.shape[1] == count else value
+        return selected(value)
+
+    return {key: of_key(key, value) for key, value in batch.items()}

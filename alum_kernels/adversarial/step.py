@@ -15,7 +15,7 @@ from alum_kernels.adversarial.lower_layers import LowerLayers
 from alum_kernels.adversarial.model_state import device_of, unwrap
 from alum_kernels.adversarial.passes import Part, TaskPass
 from alum_kernels.adversarial.perturbation import Perturbation
-from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE, Prediction, mean_divergences
+from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE, Prediction, in_fp16, mean_divergences
 from alum_kernels.adversarial.proximal import BregmanProximal
 from alum_kernels.adversarial.sample_losses import SampleLosses
 from alum_kernels.adversarial.schedule import Progress
@@ -183,7 +183,7 @@ class Step:
 
         Those of passes that compute in fp16 are raised by a power of two on their way, which is taken out again.
         """
-        scale = FP16_GRAD_SCALE if _in_fp16(points[0]) else 1.0
+        scale = FP16_GRAD_SCALE if in_fp16(points[0]) else 1.0
         upstream = torch.full_like(losses, scale) if weights is None else weights * scale
         grads = torch.autograd.grad(
             losses,
@@ -234,10 +234,3 @@ class Step:
             self.hooks.replacing(replace if lower is None else at_site, known),
         ):
             yield
-
-
-def _in_fp16(leaf: Tensor) -> bool:
-    """Whether a pass from this tensor computes in fp16."""
-    device = leaf.device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    return autocast or leaf.dtype == torch.float16

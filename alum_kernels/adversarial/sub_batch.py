@@ -11,7 +11,7 @@ clean pass then runs in two parts, the chosen samples and the rest.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -102,14 +102,22 @@ class SubBatch:
         dtype = torch.promote_types(loss.dtype, torch.float32)
         shares = []
         for of_chosen, of_all in zip(chosen, rows, strict=True):
-            part, whole = (torch.as_tensor(count, device=loss.device).to(dtype) for count in (of_chosen, of_all))
-            shares.append(part / (self.fraction * whole.clamp(min=1)))
+            if isinstance(of_all, Tensor):
+                shares.append(of_chosen.to(dtype) / (self.fraction * of_all.to(dtype).clamp(min=1)))
+            else:  # a fill, not a copy from the host, which would wait
+                share = of_chosen / (self.fraction * max(of_all, 1))
+                shares.append(torch.full((), share, dtype=dtype, device=loss.device))
         return torch.stack(shares)
 
     def _loss(self, chosen: TaskPass, rest: TaskPass) -> Tensor:
         if self.head.name == "question_answering":
             return self._answer_loss((chosen.outputs, rest.outputs))
         if self.chosen.batch.get("num_items_in_batch") is not None:
+            if not any(part.linear is not None for part in chosen.predictions):
+                raise ValueError(
+                    "batch: expected no 'num_items_in_batch' with adversarial_fraction < 1 and dropout='shared' for a "
+                    "model that goes through its logits, since it may divide by it or not"
+                )
             return chosen.loss + rest.loss
         counts = [label_count(self.head, part.batch) for part in (self.chosen, self.rest)]
         # the mean over no label is 0 / 0
@@ -148,7 +156,11 @@ class SubBatch:
         if isinstance(chosen, Mapping):
             return type(chosen)(**{key: self._merged(value, rest.get(key)) for key, value in chosen.items()})
         if isinstance(chosen, tuple | list):
-            return type(chosen)(self._merged(left, right) for left, right in zip(chosen, rest, strict=True))
+            parts = [self._merged(left, right) for left, right in zip(chosen, rest, strict=True)]
+            return type(chosen)(*parts) if hasattr(chosen, "_fields") else type(chosen)(parts)
+        if is_dataclass(chosen):
+            names = [field.name for field in fields(chosen)]
+            return replace(chosen, **{name: self._merged(getattr(chosen, name), getattr(rest, name)) for name in names})
         return None
 
 

@@ -149,7 +149,7 @@ class AdversarialTrainer(Trainer):
         """
         if not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+                model, _without_index(inputs), return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         batch = dict(inputs)
         samples = batch.pop(SAMPLE_KEY, None)
@@ -193,6 +193,10 @@ class AdversarialTrainer(Trainer):
         )
         loss = of_step(result.loss)
         return (loss, result.outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The parent's, which does not show the model the index of a sample."""
+        return super().prediction_step(model, _without_index(inputs), *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -277,3 +281,7 @@ class AdversarialTrainer(Trainer):
             self.objective.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         else:
             warnings.warn(f"{checkpoint}: no {STATE_NAME}, so the noise starts anew", stacklevel=2)
+
+
+def _without_index(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name != SAMPLE_KEY}
