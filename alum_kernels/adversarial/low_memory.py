@@ -3,7 +3,7 @@
     clean pass            no graph; its prediction b and the tensors at the sites are kept
     ascent, K times       one graph
     adversarial pass      J(a, b) and its gradients to a, b and the head; the backward of a, and its graph is freed
-    clean pass again      the task's loss and <b, alpha dJ/db>; one backward, the caller's
+    clean pass again      the task's loss, and alpha dJ/db where b is; one backward, the caller's
 
 The gradient is that of the exact step, since J reaches the model through a and b alone. It costs one forward more.
 """
@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from alum_kernels.adversarial.ascent import ascend_divergence
 from alum_kernels.adversarial.at_the_end import report_divergence, weighted
@@ -34,14 +35,15 @@ def train_in_low_memory(step: Step, backward: Callable[[Tensor], None]) -> StepR
     perturb = partial(step.perturbation.perturb, telemetry=config.telemetry, keep_delta=step.keeps_delta)
     with step.without_sync():
         divergence, gradients = _train_adversarial_pass(step, before, start, perturb, backward)
+    del before  # its predictions are as large as those of the pass that follows
     step.restore()
     task = step.run_clean()
     loss = step.weights.divergence * divergence
     if step.weights.clean > 0:
         loss = loss + step.weights.clean * task.loss
-    rest = _products([part.values for part in task.predictions], gradients)
+    rest = _carrier([part.values for part in task.predictions], gradients)
     if rest is not None:
-        loss = loss + (rest - rest.detach())
+        loss = loss + rest
     elif step.weights.clean == 0:
         loss = loss + 0 * task.loss  # nothing is left to train, and the caller has something to differentiate
     if config.telemetry:
@@ -52,10 +54,7 @@ def train_in_low_memory(step: Step, backward: Callable[[Tensor], None]) -> StepR
 def _train_adversarial_pass(
     step: Step, before: TaskPass, start: Tensor | None, perturb: Replace, backward: Callable[[Tensor], None]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Adversarial pass and its backward; the divergence, and the gradients of its share of the loss to b.
-
-    <a, dJ/da> has the gradient of J through a, whatever a trainer multiplies the loss by.
-    """
+    """Adversarial pass and its backward; the divergence, and the gradients of its share of the loss to b."""
     adv = step.predict(step.inner, perturb)
     fixed, clean = ([_leaf(part) for part in side] for side in (adv, before.predictions))
     weights = _head_parameters(adv)
@@ -70,16 +69,18 @@ def _train_adversarial_pass(
     )
     gradients = [None if grad is None else _wide(grad) / scale for grad in found]
     heads = len(fixed)
-    share = _products([part.values for part in adv] + weights, gradients[:heads] + gradients[2 * heads :])
+    report_divergence(step, start, fixed, clean, means, divergence)
+    share = _carrier([part.values for part in adv] + weights, gradients[:heads] + gradients[2 * heads :])
+    of_clean = gradients[heads : 2 * heads]
+    del adv, fixed, clean, means, found, gradients  # the backward frees what it is done with
     if share is not None:
         backward(share)
-    report_divergence(step, start, fixed, clean, means, divergence)
-    return divergence.detach(), gradients[heads : 2 * heads]
+    return divergence.detach(), of_clean
 
 
 def _leaf(part: Prediction) -> Prediction:
     """The same prediction as the begin of a graph."""
-    return replace(part, values=part.values.detach().clone().requires_grad_())
+    return replace(part, values=part.values.detach().requires_grad_())
 
 
 def _head_parameters(predictions: Sequence[Prediction]) -> list[Tensor]:
@@ -88,17 +89,29 @@ def _head_parameters(predictions: Sequence[Prediction]) -> list[Tensor]:
     return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _products(values: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor | None:
-    """Sum of <value, gradient>; None where nothing is trained.
+def _carrier(values: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """Zero, whose gradients to the values are these, times whatever a trainer multiplies the loss by.
 
-    Where a gradient is zero its value does not count: it may be infinite, of a class that cannot be.
+    None where nothing is trained. (<value, gradient> would have them too, but hold two more tensors of each size.)
     """
-    products = [
-        (torch.where(grad == 0, 0, _wide(value)) * grad).sum()
-        for value, grad in zip(values, gradients, strict=True)
-        if grad is not None and value.requires_grad
+    pairs = [
+        (value, grad) for value, grad in zip(values, gradients, strict=True) if grad is not None and value.requires_grad
     ]
-    return sum(products[1:], products[0]) if products else None
+    return _Carrier.apply([grad for _, grad in pairs], *(value for value, _ in pairs)) if pairs else None
+
+
+class _Carrier(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradients, *values):
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [value.dtype for value in values]
+        return gradients[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, *((grad * upstream).to(dtype) for grad, dtype in pairs)
 
 
 def _wide(tensor: Tensor) -> Tensor:
