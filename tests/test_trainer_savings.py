@@ -66,3 +66,18 @@ def test_without_an_index_the_trainer_says_what_it_needs(tmp_path):
     trainer, _ = trainer_of(tiny_models.bert(), tmp_path, CLASSIFICATION, MOVED.replace(delta_lifetime=2))
     with pytest.raises(ValueError, match=r"^samples: expected an identifier of each sample with delta_lifetime 2"):
         trainer.train()
+
+
+def test_an_index_is_not_shown_to_the_model_in_evaluation(tmp_path):
+    indexed = [{**sample, "sample_index": index} for index, sample in enumerate(CLASSIFICATION)]
+
+    class StrictForSequenceClassification(type(tiny_models.bert())):
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+    model = tiny_models.bert()
+    model.__class__ = StrictForSequenceClassification
+    config = MOVED.replace(delta_lifetime=2)
+    trainer, _ = trainer_of(model, tmp_path, indexed, config, eval_dataset=indexed)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
