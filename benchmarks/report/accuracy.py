@@ -91,13 +91,16 @@ def body(file: ResultFile) -> Html:
     )
 
 
+def _rows(file: ResultFile, provider: str, dtype: str) -> list[Mapping[str, Any]]:
+    return [row for row in file.results if (row["provider"], row["dtype"]) == (provider, dtype)]
+
+
 def compared(file: ResultFile) -> dict[str, str]:
     """Worst value and gradient of a provider and dtype."""
     pairs = dict.fromkeys((row["provider"], row["dtype"]) for row in file.results)
     return {
         f"{provider} {dtype}": ", ".join(
-            f"{metric} {error(worst(r[metric] for r in file.results if (r['provider'], r['dtype']) == (provider, dtype)))}"
-            for metric in METRICS
+            f"{metric} {error(worst(row[metric] for row in _rows(file, provider, dtype)))}" for metric in METRICS
         )
         for provider, dtype in pairs
     }

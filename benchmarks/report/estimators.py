@@ -64,7 +64,8 @@ def body(file: ResultFile) -> Html:
     if (plot := variance_against_cost(file)) is not None:
         drawn.append(draw(plot))
     names = [(estimator, colour, kind, False) for estimator, (colour, kind) in marks.items()]
-    head = ("estimator", "setting", "cost", "cost bound", "bias", "95 % interval", "added variance", "batches", "unbiased",
+    head = ("estimator", "setting", "cost", "cost bound", "bias", "95 % interval", "added variance", "batches",
+            "unbiased",
             "changes")  # fmt: skip
     lines = [
         (row["estimator"], "" if row["setting"] is None else row["setting"], times(row["cost"]),

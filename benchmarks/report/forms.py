@@ -107,7 +107,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "results": Each(
             {
                 "method": TEXT, "task": TEXT, "batch": NUMBER, "length": NUMBER, "peak_bytes": FIGURE,
-                "of_standard": FIGURE, "forwards": ANYTHING, "note": Optional(TEXT),
+                "of_standard": FIGURE, "activation_bytes": FIGURE, "activations_of_standard": FIGURE,
+                "forwards": ANYTHING, "note": Optional(TEXT),
             }
         )
     },

@@ -9,7 +9,10 @@ from benchmarks.report.numbers import DASH, mebibytes, times
 from benchmarks.report.svg import look
 
 TITLE = "Memory of the methods"
-INTRO = "Bytes that a step holds at its peak, of every method on the same model and batch."
+INTRO = (
+    "Bytes that a step holds at its peak, of every method on the same model and batch. Activations are the peak of a "
+    "step whose gradients have their place already."
+)
 Row = Mapping[str, Any]
 
 
@@ -56,9 +59,10 @@ def body(file: ResultFile) -> Html:
             )
             for row in rows
         ]
-        head = ("method", "peak MiB", "of standard", "forward passes", "note")
+        head = ("method", "peak MiB", "of standard", "activations MiB", "of standard", "forward passes", "note")
         lines = [
             (row["method"], mebibytes(row["peak_bytes"]), times(row["of_standard"]),
+             mebibytes(row["activation_bytes"]), times(row["activations_of_standard"]),
              DASH if row["forwards"] is None else row["forwards"], _reason(row) or row["note"] or "")
             for row in rows
         ]  # fmt: skip

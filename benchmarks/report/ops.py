@@ -11,7 +11,8 @@ from benchmarks.report.svg import Plot, Point, Series, draw, legend_of, log_scal
 TITLE = "Ops"
 INTRO = (
     "Each op on one shape, forward and backward where it has both. Times are medians in milliseconds with the 20th to "
-    "80th percentile; a ratio of 3.00× says that the other provider takes three times as long as this library's kernels."
+    "80th percentile; a ratio of 3.00× says that the other provider takes three times as long as this library's "
+    "kernels."
 )
 OURS, OTHERS = ("native", "triton"), ("eager", "compile", "liger")
 
