@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.adversarial.config import PRESETS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -13,7 +14,14 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_there_is_an_example_of_each_use():
-    words = ("noise_init", "linear_symmetric_kl", "AdversarialObjective", "Trainer", "ProgressiveMaskingCollator")
+    words = (
+        "noise_init",
+        "linear_symmetric_kl",
+        "AdversarialObjective",
+        "Trainer",
+        "ProgressiveMaskingCollator",
+        "capture",
+    )
     assert len(BLOCKS) == len(words)
     for word, block in zip(words, BLOCKS, strict=True):
         assert word in block
@@ -83,3 +91,13 @@ def test_pre_training_example():
     labels = names["collate"](list(names["pairs"]))["labels"]
     assert names["collate"].share == 0.25
     assert 0 < labels.ne(-100).float().mean() < 0.5
+
+
+def test_capture_example(classifier):
+    batch = {"input_ids": torch.randint(1, 50, (4, 6)), "labels": torch.tensor([0, 1, 2, 1])}
+    before = classifier.classifier.weight.detach().clone()
+    adversarial = AdversarialObjective(classifier, AdversarialConfig.alum_finetuning())
+    names = {"torch": torch, "model": classifier, "adversarial": adversarial, "batch": batch, "loader": [batch, batch]}
+    with pytest.warns(UserWarning, match="CUDA graphs need a GPU"):
+        exec(BLOCKS[5], names)
+    assert not torch.equal(before, classifier.classifier.weight)
