@@ -2,7 +2,7 @@
 # test       virtual environment, install, the tests
 # lint       ruff and clang-format
 # bench      accuracy, ops and whole steps, and a report of them in $(BENCH): under ten minutes on two CPU cores
-# gpu-check  on a CUDA machine: build, GPU tests, compute-sanitizer, op benchmark; needs no network
+# gpu-check  on a CUDA machine: build, GPU tests, compute-sanitizer, ops, linear heads, whole steps; needs no network
 #
 # PYTHON     the interpreter to start from (its torch is used if it has one)
 # TORCH      what to install where there is none

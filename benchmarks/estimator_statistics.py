@@ -1,4 +1,4 @@
-"""Bias and variance of a gradient estimator, from a stream of gradients that are never held together.
+"""EstimatorStatistics and variance of a gradient estimator, from a stream of gradients that are never held together.
 
 Of batch i, three draws of noise and dropout give the exact gradient thrice: a_i, b_i and c_i. The estimator's e_i is
 taken with the draw of c_i. With d_i = e_i - c_i, A = mean a_i and C = mean c_i:
@@ -45,7 +45,7 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class Bias:
+class EstimatorStatistics:
     """Relative bias along the mean exact gradient, with its interval, and what the statistics besides it are.
 
     Attributes:
@@ -122,7 +122,7 @@ class GradientMoments:
         else:
             self._sum.add_(difference)
 
-    def result(self) -> Bias:
+    def result(self) -> EstimatorStatistics:
         """Of all that was added.
 
         Raises:
@@ -138,7 +138,7 @@ class GradientMoments:
         error = (along - bias * exact_along).std() / math.sqrt(units) / scale.abs()
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, units - 1) * error)
         squared = (_dot(self._sum, self._sum) - sum(self._squares)) / (units * (units - 1)) / float(scale)
-        return Bias(
+        return EstimatorStatistics(
             bias=float(bias),
             low=float(bias) - half,
             high=float(bias) + half,

@@ -1,4 +1,4 @@
-"""Bias and variance of every cheaper estimator of the adversarial step, against the exact step.
+"""EstimatorStatistics and variance of every cheaper estimator of the adversarial step, against the exact step.
 
     python -m benchmarks.estimators [--batches 64] [--task classification|masked_lm|both] [--batch 8 --length 32]
                                     [--only NAME ...] [--threads 2] [--device cpu|cuda] [--json PATH]
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
-from benchmarks.estimator_statistics import Bias, Exact, FlatGradient, GradientMoments
+from benchmarks.estimator_statistics import EstimatorStatistics, Exact, FlatGradient, GradientMoments
 from benchmarks.machine import describe, facts, write_results
 from benchmarks.naive_step import standard_step
 from benchmarks.shapes import MINILM_TASKS, minilm
@@ -190,7 +190,7 @@ class Regulariser:
 
 def compare(
     model: nn.Module, estimators: Sequence[Estimator], batches: Sequence[Batch], between: Sequence[Batch]
-) -> tuple[list[Bias], float]:
+) -> tuple[list[EstimatorStatistics], float]:
     """The statistics of each estimator, and the variance of an exact gradient over its mean square.
 
     Args:

@@ -11,14 +11,11 @@ from alum_kernels.adversarial.float8_layers import Float8Layers
 MOVED = AdversarialConfig.alum_finetuning(std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf")
 
 
-class Dtypes(torch.nn.Module):
-    """Around a linear layer: the dtype of what it gives, pass by pass."""
-
-    @staticmethod
-    def watch(model: torch.nn.Module) -> list[torch.dtype]:
-        seen: list[torch.dtype] = []
-        model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *args: seen.append(args[2].dtype))
-        return seen
+def watched_dtypes(model: torch.nn.Module) -> list[torch.dtype]:
+    """Of what a linear layer gives, pass by pass."""
+    seen: list[torch.dtype] = []
+    model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -32,7 +29,7 @@ class Dtypes(torch.nn.Module):
 )
 def test_only_the_ascent_computes_in_it(name, training, expected):
     model, batch = tiny_models.bert(), tiny_models.classification_batch()
-    seen = Dtypes.watch(model)
+    seen = watched_dtypes(model)
     objective = AdversarialObjective(model, MOVED.replace(ascent_dtype=name, steps=2))
     with torch.autocast("cpu", training or torch.bfloat16, enabled=training is not None):
         loss = objective(**batch).loss

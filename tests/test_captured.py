@@ -139,19 +139,28 @@ def test_each_shape_has_a_graph_and_too_many_have_none():
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("config", "reason", "needs"),
     [
-        ({"alpha_schedule": ((0.0, 0.0), (1.0, 1.0))}, "alpha_schedule"),
-        ({"proximal": 1.0}, "teacher"),
-        ({"delta_lifetime": 2}, "delta_lifetime"),
-        ({"ascent_depth": 1}, "ascent_depth"),
+        (MOVED.replace(alpha_schedule=((0.0, 0.0), (1.0, 1.0))), "alpha_schedule", {}),
+        (MOVED.replace(proximal=1.0), "teacher", {}),
+        (MOVED.replace(delta_lifetime=2), "delta_lifetime", {"samples": range(4)}),
+        (MOVED.replace(ascent_depth=1), "ascent_depth", {}),
+        (AdversarialConfig.freelb(), "freelb trains on every pass", {}),
+        (AdversarialConfig.freeat(), "freeat trains on every pass", {"update": lambda: None}),
+        (AdversarialConfig.llr(), "llr differentiates twice", {}),
     ],
 )
-def test_what_is_not_captured_says_why(changes, reason):
+def test_what_is_not_captured_says_why_and_runs(config, reason, needs):
     model, batch = make("classification", 0.1, "cpu"), batch_of("classification", 0, "cpu")
+    objective = AdversarialObjective(model, config)
+    objective.set_progress(0, 10)
+    if config.proximal:
+        objective.follow(torch.optim.SGD(model.parameters(), 0.1))
     with pytest.warns(UserWarning, match=f"not captured: .*{reason}"):
-        step = CapturedStep(AdversarialObjective(model, MOVED.replace(**changes)), batch, graphs=RecordedGraphs())
+        step = CapturedStep(objective, batch, graphs=RecordedGraphs())
     assert reason in step.reason
+    assert step(batch, **needs)["loss"] > 0
+    assert tiny_models.Gradients.of(model).flat().abs().sum() > 0
 
 
 def test_without_a_gpu_the_step_runs_as_it_is():

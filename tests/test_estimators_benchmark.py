@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from benchmarks import estimators
-from benchmarks.estimator_statistics import Bias, Exact, FlatGradient, GradientMoments
+from benchmarks.estimator_statistics import EstimatorStatistics, Exact, FlatGradient, GradientMoments
 from benchmarks.estimators import ESTIMATORS, EXACT, SAME, Regulariser, compare
 from benchmarks.naive_step import standard_step
 from benchmarks.shapes import Shape, minilm
@@ -45,7 +45,7 @@ def draws(batches: int, seed: int, *, noise: float = 0.5) -> tuple[Tensor, Tenso
     return means, *(means + noise * normal() for _ in range(3))
 
 
-def result_of(estimates: Tensor, a: Tensor, b: Tensor, c: Tensor, period: int = 1) -> Bias:
+def result_of(estimates: Tensor, a: Tensor, b: Tensor, c: Tensor, period: int = 1) -> EstimatorStatistics:
     moments = GradientMoments(period)
     for estimate, other, same in zip(estimates, b, c, strict=True):
         moments.add(estimate, Exact(same, other, a.mean(0)))

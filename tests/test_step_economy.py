@@ -5,7 +5,9 @@ import tiny_models
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alum_kernels import AdversarialConfig, AdversarialObjective
+from alum_kernels import AdversarialConfig, AdversarialObjective, projected_ascent
+from alum_kernels.adversarial import perturbation
+from alum_kernels.adversarial.telemetry import Telemetry
 
 MOVED = AdversarialConfig.alum_finetuning(std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf")
 WAITS = ("_local_scalar_dense", "nonzero.default", "is_nonzero", "masked_select", "unique")
@@ -35,9 +37,9 @@ def operations(model, config: AdversarialConfig, batch: dict) -> Operations:
     return seen
 
 
-@pytest.mark.parametrize("dropout", ["shared", "off"])
+@pytest.mark.parametrize("changes", [{}, {"dropout": "off"}, {"adversarial_fraction": 0.5}], ids=str)
 @pytest.mark.parametrize("task", ["classification", "masked_lm"])
-def test_the_word_embeddings_are_looked_up_and_differentiated_once(task, dropout):
+def test_the_word_embeddings_are_looked_up_and_differentiated_once(task, changes):
     model = tiny_models.bert_masked_lm() if task == "masked_lm" else tiny_models.bert()
     batch = tiny_models.masked_lm_batch() if task == "masked_lm" else tiny_models.classification_batch()
     vocabulary = model.get_input_embeddings().weight
@@ -51,7 +53,7 @@ def test_the_word_embeddings_are_looked_up_and_differentiated_once(task, dropout
                 lookups.append("backward")
             return func(*args, **(kwargs or {}))
 
-    objective = AdversarialObjective(model, MOVED.replace(dropout=dropout))
+    objective = AdversarialObjective(model, MOVED.replace(**changes))
     objective.backward(batch)  # the first one tries the head on a sample
     with Watch():
         objective.backward(batch)
@@ -106,26 +108,22 @@ def test_too_many_labels_for_the_room_give_no_number():
     assert few.forward(batch, seed=seed).loss.isnan()
 
 
-def test_telemetry_that_is_off_costs_no_operation():
-    model, batch = tiny_models.bert(), tiny_models.classification_batch()
-    on, off = (operations(model, MOVED.replace(telemetry=telemetry), batch) for telemetry in (True, False))
-    figures = AdversarialObjective(model, MOVED.replace(telemetry=False))
-    figures.backward(batch)
-    assert figures.telemetry.read() == {}
-    gone = len(on.names) - len(off.names)
-    # five figures are cast and added, four statistics and the elements are summed, and a start and an end
-    assert gone > 20
-    # what is left beside three forwards and their backwards: noise, ascent, two divergences and their sums, a copy of
-    # the clean embeddings and of each leaf
-    passes = Operations()
-    with passes:
-        for _ in range(3):
-            model(**batch).loss.backward()
-    own = [name for name in off.names if "alum_kernels" in name]
-    assert sorted(name.split("::")[-1].split(".")[1] for name in own if "noise" in name or "ascent" in name) == [
-        "noise_init", "projected_ascent",
+def test_telemetry_that_is_off_costs_nothing(monkeypatch):
+    asked = []
+
+    def ascent(*args, return_stats=False, **kwargs):
+        asked.append(return_stats)
+        return projected_ascent(*args, return_stats=return_stats, **kwargs)
+
+    monkeypatch.setattr(perturbation, "projected_ascent", ascent)
+    monkeypatch.setattr(Telemetry, "add", lambda *_, **values: pytest.fail(f"added {', '.join(values)}"))
+    seen = operations(tiny_models.bert(), MOVED.replace(telemetry=False), tiny_models.classification_batch())
+    assert asked == [False, False]
+    own = [name.split(".")[1] for name in seen.names if name.startswith("alum_kernels.")]
+    assert own == [
+        "noise_init", "symmetric_kl_loss_and_gradient", "projected_ascent",
+        "symmetric_kl_loss", "symmetric_kl_gradient",
     ]  # fmt: skip
-    assert len(off.names) < len(passes.names) + 40
 
 
 def test_the_ascent_runs_no_backward_of_a_parameter():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.adversarial import perturbation, run
-from alum_kernels.adversarial.sub_batch import SubBatch
+from alum_kernels.adversarial.sub_batch import SubBatch, choose
 
 SAMPLES, LENGTH = 4, 7
 CASES = [
@@ -126,3 +126,32 @@ def test_answers_that_lie_partly_outside_weigh_as_in_the_models_own_loss(family,
             found, _, own = one_step(model, batch, config.replace(adversarial_fraction=chosen / SAMPLES))
             torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0)
             assert relative(own, gradient) < 1e-12
+
+
+# the choice
+
+
+@pytest.mark.parametrize(("count", "fraction", "chosen"), [(8, 0.25, 2), (5, 0.5, 2), (3, 0.1, 1), (2, 0.9, None)])
+def test_a_share_of_the_samples_is_chosen(count, fraction, chosen):
+    batch = {"input_ids": torch.zeros(count, 3, dtype=torch.long)}
+    found = choose(batch, fraction, torch.tensor([4]), 0)
+    if chosen is None:
+        assert found is None
+        return
+    index, rest = found
+    assert len(index) == chosen
+    assert torch.equal(torch.cat([index, rest]).sort().values, torch.arange(count))
+    assert torch.equal(index, index.sort().values)
+    assert torch.equal(rest, rest.sort().values)
+
+
+def test_every_sample_is_as_likely_and_a_place_has_its_own_choice():
+    batch, counts = {"input_ids": torch.zeros(8, 3, dtype=torch.long)}, torch.zeros(8)
+    for seed in range(4000):
+        counts[choose(batch, 0.25, torch.tensor([seed]), 0)[0]] += 1
+    assert (counts / 4000 - 0.25).abs().max() < 0.03  # four standard deviations
+
+    def choices(place: int) -> list[list[int]]:
+        return [choose(batch, 0.25, torch.tensor([seed]), place)[0].tolist() for seed in range(20)]
+
+    assert choices(0) == choices(0) != choices(8)

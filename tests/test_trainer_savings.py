@@ -64,7 +64,9 @@ def test_samples_that_have_an_index_keep_their_perturbation(tmp_path):
 
 def test_without_an_index_the_trainer_says_what_it_needs(tmp_path):
     trainer, _ = trainer_of(tiny_models.bert(), tmp_path, CLASSIFICATION, MOVED.replace(delta_lifetime=2))
-    with pytest.raises(ValueError, match=r"^samples: expected an identifier of each sample with delta_lifetime 2"):
+    with pytest.raises(
+        ValueError, match=r"^train_dataset: expected a column 'sample_index' with delta_lifetime 2, got"
+    ):
         trainer.train()
 
 

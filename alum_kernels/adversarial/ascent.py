@@ -23,9 +23,9 @@ def ascend_divergence(step: Step, task: TaskPass) -> Tensor | None:
             sums, grads = _gradients(step, leaves, fixed)
         if turn == 0 and config.telemetry:
             start = torch.stack(sums).sum()
-            if step.check_signal and config.ascent_dtype is not None:
-                _, exact = _gradients(step, leaves, fixed)
-                step.telemetry.add(ascent_cosine=_cosine(grads, exact))
+        if turn == 0 and step.check_signal and config.ascent_dtype is not None:
+            _, exact = _gradients(step, leaves, fixed)
+            step.telemetry.add(ascent_cosine=_cosine(grads, exact))
         step.perturbation.climb(grads)
     return start
 

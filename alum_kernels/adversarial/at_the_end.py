@@ -6,7 +6,8 @@
     one loss, one backward
 
 With K = 1, delta_0 is never stored: the ascent draws it again from the seed. The final pass goes on from the clean
-pass's e, so that the embeddings are looked up, and differentiated, once.
+pass's e, so that the embeddings are looked up, and differentiated, once. (Not with independent dropout, where what lies
+before a site differs from pass to pass; and only an ``nn.Embedding`` is skipped.)
 """
 
 from functools import partial
@@ -37,7 +38,7 @@ def train_at_the_end(step: Step, proximal: BregmanProximal | None) -> StepResult
         start = ascend_divergence(step, task) if climbs_divergence else _ascend_task(step)
     # one forward a backward is the wrapper's: the clean pass, where there is one
     model = step.model if task is None else step.inner
-    perturb = partial(step.perturbation.perturb, telemetry=config.telemetry, keep_delta=step.keeps_delta)
+    perturb = partial(step.perturbation.perturb, telemetry=config.telemetry, keep_delta=step.keeps_final_delta)
     if step.weights.adversarial > 0:
         final = step.run_task(model, perturb)
         adv, adversarial_loss = final.predictions, final.loss

@@ -21,7 +21,7 @@ from alum_kernels.adversarial.cuda_graphs import CudaGraphs
 from alum_kernels.adversarial.linear_head import LinearHead
 from alum_kernels.adversarial.model_state import RandomState, device_of, unwrap
 from alum_kernels.adversarial.output import AdversarialOutput
-from alum_kernels.adversarial.run import Draw, Plan, TaskOptions
+from alum_kernels.adversarial.run import Draw, Plan, Samples, TaskOptions, Update
 from alum_kernels.adversarial.step import RepeatedState
 from alum_kernels.adversarial.telemetry import Telemetry
 
@@ -40,7 +40,14 @@ class Objective(Protocol):
     telemetry: Telemetry
     linear_head: LinearHead | None
 
-    def backward(self, batch: Mapping[str, Any], scale: float | Tensor) -> dict[str, Tensor]:
+    def backward(
+        self,
+        batch: Mapping[str, Any],
+        scale: float | Tensor,
+        *,
+        update: Update | None,
+        samples: Samples | None,
+    ) -> dict[str, Tensor]:
         """A step as it runs."""
 
     def begin_step(self) -> Plan:
@@ -60,13 +67,6 @@ class Objective(Protocol):
         """A step as planned."""
 
 
-class GraphStates(Protocol):
-    """States of dropout's generator, one for each pass that repeats the clean pass's masks."""
-
-    def restore(self) -> None:
-        """The next pass draws what the clean pass drew."""
-
-
 class Graphs(Protocol):
     """What records work on a device and does it again; :class:`CudaGraphs`."""
 
@@ -76,8 +76,11 @@ class Graphs(Protocol):
     def warm(self, body: Callable[[], None]) -> None:
         """Run work as it will be recorded."""
 
-    def record(self, body: Callable[[GraphStates], None], passes: int) -> Callable[[], None]:
-        """Record work without running it; ``passes`` repeat masks. Returns what runs it."""
+    def record(self, body: Callable[[RepeatedState], None], passes: int) -> Callable[[], None]:
+        """Record work without running it, and return what runs it.
+
+        The state that ``body`` is given is restored by each of the ``passes`` that draw what the clean pass drew.
+        """
 
 
 @dataclass
@@ -141,18 +144,27 @@ class CapturedStep:
         self._give_up(self._graphs.obstacle(device) or obstacle(objective, optimizer))
         _shape_of(example_batch)
 
-    def __call__(self, batch: Mapping[str, Any], scale: float | Tensor = 1.0) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        batch: Mapping[str, Any],
+        scale: float | Tensor = 1.0,
+        *,
+        update: Update | None = None,
+        samples: Samples | None = None,
+    ) -> dict[str, Tensor]:
         """One step.
 
         Args:
             batch: arguments of the model, labels included.
             scale: factor on the loss that is differentiated.
+            update, samples: as of :meth:`AdversarialObjective.backward`, for methods that need them; none of these is
+                captured.
 
         Returns:
             Detached device scalars ``loss``, ``task_loss`` and ``divergence``, before ``scale``.
         """
         if self.reason is not None:
-            return self._run_eagerly(batch, scale)
+            return self._run_eagerly(batch, scale, update, samples)
         if self._learning_rates() != self._rates:
             raise ValueError(
                 f"optimizer: its learning rate changed from {self._rates} to {self._learning_rates()}, which a "
@@ -205,10 +217,12 @@ class CapturedStep:
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._objective.model.parameters() if parameter.requires_grad]
 
-    def _run_eagerly(self, batch: Mapping[str, Any], scale: float | Tensor) -> dict[str, Tensor]:
+    def _run_eagerly(
+        self, batch: Mapping[str, Any], scale: float | Tensor, update: Update | None, samples: Samples | None
+    ) -> dict[str, Tensor]:
         for parameter in self._parameters:
             parameter.grad = None
-        figures = self._objective.backward(batch, scale)
+        figures = self._objective.backward(batch, scale, update=update, samples=samples)
         if self._optimizer is not None:
             self._optimizer.step()
         return figures
@@ -254,7 +268,7 @@ class CapturedStep:
         before = telemetry.counts.copy()
         kept: list[Tensor] = []
 
-        def body(states: GraphStates) -> None:
+        def body(states: RepeatedState) -> None:
             figures = self._step(shape.batch, plan, shape.seed, shape.scale, lambda _: states)
             kept.append(torch.stack([figures[name].to(figures["loss"].dtype) for name in sorted(figures)]))
 

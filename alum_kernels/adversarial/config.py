@@ -144,8 +144,8 @@ class AdversarialConfig(Presets):
         delta_lifetime: so many visits of a sample its perturbation serves: climbed at the first, taken as it is at the
             others, which have no ascent. Needs ``samples=`` of :meth:`AdversarialObjective.forward`.
         labelled_capacity: share of a batch's positions that may have a label, of a language model trained without its
-            logits. None reads the number of labels from the device, once a batch; with a capacity nothing waits, and
-            a batch with more labels has a loss of NaN.
+            logits. None reads their number from the device, of every part of a batch; with one nothing waits, and a
+            batch with more labels has a loss of NaN.
         memory: ``"low"`` holds the graph of one pass at a time, and runs the clean pass twice; needs
             :meth:`AdversarialObjective.backward`.
 
@@ -161,7 +161,8 @@ class AdversarialConfig(Presets):
         seed: of the noise; every rank uses the same.
         telemetry: collect the figures of :class:`alum_kernels.adversarial.telemetry.Telemetry`.
         signal_check_interval: every so many perturbed steps one more forward measures J(delta) / J(delta / 2), near 4
-            where the divergence is signal and near 1 where it is rounding noise; 0 never does.
+            where the divergence is signal and near 1 where it is rounding noise (and, with ``ascent_dtype``, one more
+            ascent the cosine); 0 never does.
 
     Raises:
         TypeError, ValueError: a field of the wrong type, an unknown word, a number out of range, or a combination that

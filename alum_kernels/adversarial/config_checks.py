@@ -57,7 +57,7 @@ def check_combination(config: Any) -> None:
 
 
 def _check_savings(config: Any) -> None:
-    """What saves time or memory needs a clean pass whose prediction is compared, and one backward at the end."""
+    """What saves time or memory, and what it cannot be combined with."""
     compares_at_the_end = (
         config.backward == "final"
         and config.alpha > 0

@@ -34,7 +34,10 @@ class RepeatedGenerators:
         self._next += 1
 
     def abandon(self) -> None:
-        """After a capture that failed, whose state may stay one of a capture: the default generator has another one."""
+        """After a failed capture: the default generator gets another state as it was before it.
+
+        Its own may stay bound to the graph.
+        """
         self._generator.graphsafe_set_state(self._before)
 
     def finish(self) -> None:

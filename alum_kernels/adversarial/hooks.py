@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from alum_kernels.adversarial.model_state import replaced_forwards
 from alum_kernels.adversarial.sites import Site
 
+Replace = Callable[[int, Tensor], Tensor | None]
+"""From the index of a site and the tensor there to what takes its place; None keeps it."""
+
 _NOT_SEEN = (
     "name other modules in AdversarialConfig(modules=(...)). Where a model of the same class was compiled before this "
     "one was wrapped, its code is used again and sees no hooks: set torch._dynamo.config.skip_nnmodule_hook_guards = "
@@ -29,9 +32,11 @@ class PerturbationHooks:
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = tuple(sites)
         self.names = tuple(site.name for site in sites)
-        self._replace: Callable[[int, Tensor], Tensor | None] | None = None
+        self._replace: Replace | None = None
         self._known: Sequence[Tensor] | None = None
+        self._looked_up: tuple[Tensor, Tensor] | None = None
         # one function for every pass: a compiled model would take another one for another model
+        self._give_embeddings = self._give_looked_up
         self._lookups = [
             (site.module, partial(self._known_tensor, index))
             for index, site in enumerate(self.sites)
@@ -76,10 +81,28 @@ class PerturbationHooks:
     def _known_tensor(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
         return self._known[index]
 
+    def look_up(self, ids: Any) -> Tensor | None:
+        """The embeddings of token ids (B, S), where the one site is a plain embedding of them; None elsewhere."""
+        module = self.sites[0].module
+        plain = len(self._lookups) == len(self.sites) == 1 and "forward" not in vars(module)
+        return module(ids) if plain and isinstance(ids, Tensor) and ids.dim() == 2 else None
+
     @contextmanager
-    def replacing(
-        self, replace: Callable[[int, Tensor], Tensor | None], known: Sequence[Tensor] | None = None
-    ) -> Iterator[None]:
+    def looked_up(self, ids: Tensor, embeds: Tensor) -> Iterator[None]:
+        """Within the context the site, where it is given these very ids, gives these embeddings of theirs."""
+        self._looked_up = (ids, embeds)
+        try:
+            with replaced_forwards([(self.sites[0].module, self._give_embeddings)]):
+                yield
+        finally:
+            self._looked_up = None
+
+    def _give_looked_up(self, given: Tensor) -> Tensor:
+        ids, embeds = self._looked_up
+        return embeds if given is ids else nn.Embedding.forward(self.sites[0].module, given)
+
+    @contextmanager
+    def replacing(self, replace: Replace, known: Sequence[Tensor] | None = None) -> Iterator[None]:
         """Within the context, ``replace(index, tensor)`` takes the place of the tensor at each site (None keeps it).
 
         ``known`` are these tensors, of each site: the pass's own are not used then, and embeddings not looked up.

@@ -20,6 +20,7 @@ from alum_kernels.adversarial.ascent import ascend_divergence
 from alum_kernels.adversarial.at_the_end import report_divergence, weighted
 from alum_kernels.adversarial.passes import TaskPass
 from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE, Prediction, mean_divergences
+from alum_kernels.adversarial.row_losses import widened
 from alum_kernels.adversarial.step import Replace, Step, StepResult
 
 
@@ -32,7 +33,7 @@ def train_in_low_memory(step: Step, backward: Callable[[Tensor], None]) -> StepR
     with torch.no_grad():
         before = step.run_clean()
     start = ascend_divergence(step, before) if config.steps > 0 else None
-    perturb = partial(step.perturbation.perturb, telemetry=config.telemetry, keep_delta=step.keeps_delta)
+    perturb = partial(step.perturbation.perturb, telemetry=config.telemetry, keep_delta=step.keeps_final_delta)
     with step.without_sync():
         divergence, gradients = _train_adversarial_pass(step, before, start, perturb, backward)
     del before  # its predictions are as large as those of the pass that follows
@@ -67,7 +68,7 @@ def _train_adversarial_pass(
         [*(part.values for part in fixed), *(part.values for part in clean), *weights],
         allow_unused=True,
     )
-    gradients = [None if grad is None else _wide(grad) / scale for grad in found]
+    gradients = [None if grad is None else widened(grad) / scale for grad in found]
     heads = len(fixed)
     report_divergence(step, start, fixed, clean, means, divergence)
     share = _carrier([part.values for part in adv] + weights, gradients[:heads] + gradients[2 * heads :])
@@ -112,7 +113,3 @@ class _Carrier(torch.autograd.Function):
     def backward(ctx, upstream):
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return None, *((grad * upstream).to(dtype) for grad, dtype in pairs)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -50,8 +50,9 @@ class AdversarialObjective:
     compared rows, and a hook on the model sees the logits of a few classes only; where that is not possible it goes
     through the logits, and a warning says why. ``config.fused_head`` decides otherwise.
 
-    Methods that train on every pass of the ascent (``config.backward``) need :meth:`backward`; a teacher
-    (``config.proximal``) needs :meth:`follow`; schedules by the share of the training need :meth:`set_progress`.
+    Methods that train on every pass of the ascent (``config.backward``), and ``config.memory="low"``, need
+    :meth:`backward`; a teacher (``config.proximal``) needs :meth:`follow`; schedules by the share of the training need
+    :meth:`set_progress`.
 
     Raises:
         ValueError: no head or no input embeddings are recognised, or a fused head was demanded and cannot be.
@@ -139,6 +140,12 @@ class AdversarialObjective:
         Args:
             example_batch: arguments of the model, labels included, as they will come.
             optimizer: becomes part of the step; None leaves the gradients to the caller.
+
+        Returns:
+            The step; its ``reason`` says why steps are not captured, where they are not.
+
+        Raises:
+            ValueError: the batch has something that is neither a tensor nor hashable.
         """
         return CapturedStep(self, example_batch, optimizer)
 
@@ -165,11 +172,12 @@ class AdversarialObjective:
             standard_loss: the loss of ``run_task`` is the model's own mean over the labels, so that a linear head may
                 stand in for it.
             seed: one-element int64 tensor, see :meth:`draw_seed`; None draws one. Batches that are accumulated into one
-                optimizer step share a seed and differ in ``sample_offset``; then splitting changes nothing.
+                optimizer step share a seed and differ in ``sample_offset``; then splitting changes nothing (but which
+                samples ``adversarial_fraction`` chooses, a share of each batch).
             sample_offset: place of the batch's first sample in the global batch.
             delta: a first perturbation for each perturbed module, (B, S, H) fp32 (fp64 for fp64), instead of noise.
             backward: differentiates the loss of every pass but the last, whose loss is returned; needed by methods that
-                train on every pass.
+                train on every pass, and by ``memory="low"``.
             update: as in :meth:`backward`.
             samples: an identifier of each sample, such as its index in the dataset, on the host (B ints); needed by
                 ``config.delta_lifetime``.
@@ -213,7 +221,15 @@ class AdversarialObjective:
         options: TaskOptions,
         random: Callable[[torch.device], RepeatedState] = RandomState,
     ) -> AdversarialOutput:
-        """A step as planned; ``random`` makes the state of dropout's generators that its passes repeat."""
+        """A step as planned.
+
+        Args:
+            batch: arguments of the model, labels included.
+            plan: of :meth:`begin_step`.
+            draw: what the perturbation begins with; its seed may be None where nothing is perturbed.
+            options: a trainer's own ways.
+            random: makes the state of dropout's generators that passes repeat.
+        """
         return AdversarialOutput.of(self._runner.run(self.model, batch, plan, draw, options, random))
 
     def _check_call(self, backward: Backward | None, update: Update | None, samples: Samples | None) -> None:
@@ -263,7 +279,10 @@ class AdversarialObjective:
         return self._seeds.draw(device)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs so that the noise, and the teacher, go on where they stopped."""
+        """What a checkpoint needs so that the noise, and the teacher, go on where they stopped.
+
+        Perturbations that are kept for later visits (``delta_lifetime``) are not in it.
+        """
         return {
             "generator": self._seeds.get_state(),
             "steps": self._steps,

@@ -16,7 +16,8 @@ class AdversarialOutput:
 
     Attributes:
         loss: to be differentiated. Its value is the step's loss; where every pass trains, its gradient is that of the
-            last one's share (of a replay, value and gradient are the last one's).
+            last one's share (of a replay, value and gradient are the last one's); with ``memory="low"`` its gradient is
+            that of the second clean pass.
         task_loss: the task's own, detached, at the clean point (where there is no clean pass, the mean of the others).
         divergence: mean over the compared rows, detached; 0 where nothing is compared.
         outputs: what the model returned in the clean pass, or in the last one where there is no clean pass.

@@ -13,6 +13,7 @@ from alum_kernels.adversarial.labels import IGNORED_LABEL
 from alum_kernels.adversarial.linear_head import Captured, LinearHead, losses_agree
 from alum_kernels.adversarial.model_state import dropout_off
 from alum_kernels.adversarial.predictions import Prediction
+from alum_kernels.adversarial.row_losses import widened
 from alum_kernels.adversarial.samples import select_samples
 
 
@@ -61,7 +62,7 @@ class LogitPasses:
 class LinearPasses:
     """Passes whose token predictions are the hidden states of the compared rows, gathered before any product.
 
-    Their number, and that of the labels, is read from the device once a batch; where there is room for them it is not.
+    Their number, and that of the labels, is read from the device; where there is room for them it is not.
 
     Args:
         head: what the model predicts.
@@ -171,8 +172,7 @@ class LinearPasses:
             loss = torch.where(self._labelled.overflow, torch.nan, loss)
         for part, labels in self._other_labels.items():
             logits = part.logits(outputs)
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            loss = loss + functional.cross_entropy(logits.to(wide), labels)
+            loss = loss + functional.cross_entropy(widened(logits), labels)
         return loss
 
 

@@ -125,7 +125,7 @@ class Perturbation:
         """A site's live tensor at the next point; the gradient to it is the identity, unless the config detaches it.
 
         ``last`` is the point that the step ends at. ``telemetry`` collects the statistics of :meth:`figures`,
-        ``keep_delta`` what :meth:`halved` needs.
+        ``keep_delta`` what :meth:`halved` and :attr:`final_deltas` need.
         """
         own = self._sites[index]
         if own.embeds is None:

@@ -17,6 +17,11 @@ from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.labels import IGNORED_LABEL
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """fp32, or fp64 where it is that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def part_weight(head: Head) -> float:
     """Of each part in a sample's loss, as in the models' own: 1/2 for both ends of an answer, else 1."""
     return 1 / len(head.parts) if head.name == "question_answering" else 1.0
@@ -70,7 +75,7 @@ def row_losses(part: Head, logits: Tensor, targets: Tensor) -> Tensor:
         logits: (..., V) predictions.
         targets: as :func:`fitted` returns them: (...) class indices, or the (..., V) numbers of a regression.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = widened(logits)
     if part.name == "regression":
         return (wide - targets.to(wide.dtype)).square().mean(-1)
     return functional.cross_entropy(

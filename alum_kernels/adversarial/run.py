@@ -181,9 +181,11 @@ class StepRunner:
                 room = math.ceil(config.labelled_capacity * self._head.tokens.labels(batch).numel())
 
             def make_part(batch: Mapping[str, Any]) -> Part:
-                passes = LogitPasses(self._head, batch, config.positions) if config.compares else None
+                passes = None
                 if linear is not None:
                     passes = LinearPasses(self._head, batch, config.positions, linear, room)
+                elif config.compares:
+                    passes = LogitPasses(self._head, batch, config.positions)
                 return Part(batch, self._inputs(batch), passes)
 
             def task(model: nn.Module, part: Part) -> TaskPass:

@@ -10,19 +10,18 @@ from torch import Tensor, nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.first_layer import FirstLayer
-from alum_kernels.adversarial.hooks import PerturbationHooks
+from alum_kernels.adversarial.hooks import PerturbationHooks, Replace
 from alum_kernels.adversarial.lower_layers import LowerLayers
 from alum_kernels.adversarial.model_state import device_of, unwrap
 from alum_kernels.adversarial.passes import Part, TaskPass
 from alum_kernels.adversarial.perturbation import Perturbation
 from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE, Prediction, in_fp16, mean_divergences
 from alum_kernels.adversarial.proximal import BregmanProximal
+from alum_kernels.adversarial.row_losses import widened
 from alum_kernels.adversarial.sample_losses import SampleLosses
 from alum_kernels.adversarial.schedule import Progress
 from alum_kernels.adversarial.sub_batch import SubBatch
 from alum_kernels.adversarial.telemetry import Telemetry
-
-Replace = Callable[[int, Tensor], Tensor | None]
 
 
 class RepeatedState(Protocol):
@@ -113,10 +112,10 @@ class Step:
     precision: Callable[[], AbstractContextManager[None]] = nullcontext
     sub_batch: SubBatch | None = None
     lower: LowerLayers | None = None
-    clean_tensors: list[Tensor] = field(default_factory=list)
+    clean_tensors: list[Tensor] = field(default_factory=list, init=False)
 
     @property
-    def keeps_delta(self) -> bool:
+    def keeps_final_delta(self) -> bool:
         """Whether the last perturbation is needed after its pass."""
         return self.check_signal or self.config.delta_lifetime > 1
 
@@ -132,20 +131,35 @@ class Step:
 
     def run_clean(self) -> TaskPass:
         """The task at the clean point, which the perturbation then knows."""
-        sub = self.sub_batch
-        with self._watching(), self.hooks.recording() as embeds:
-            result = self.task(self.model, sub.chosen if sub is not None and sub.splits else self.whole)
-        if sub is not None:
-            if sub.splits:
-                result = sub.joined(result, self.task(self.inner, sub.rest))
-            else:
-                result, embeds = sub.selected(result, embeds)
+        if self.sub_batch is not None and self.sub_batch.splits:
+            result, embeds = self._run_clean_parts(self.sub_batch)
+        else:
+            with self._watching(), self.hooks.recording() as embeds:
+                result = self.task(self.model, self.whole)
+            if self.sub_batch is not None:
+                result, embeds = self.sub_batch.selected(result, embeds)
         for index, tensor in enumerate(embeds):
             self.perturbation.record(index, tensor.detach())
         # what independent dropout did before the site is not what it does in the next pass
         if torch.is_grad_enabled() and (self.lower is not None or self.config.dropout != "independent"):
             self.clean_tensors[:] = embeds
         return result
+
+    def _run_clean_parts(self, sub: SubBatch) -> tuple[TaskPass, list[Tensor]]:
+        """The task at the clean point in two parts, from one look-up of the embeddings where there can be one."""
+        ids = self.whole.inputs.get("input_ids")
+        embeds = self.hooks.look_up(ids)
+
+        def looked_up(part: Part, index: Tensor) -> AbstractContextManager[None]:
+            if embeds is None:
+                return nullcontext()
+            return self.hooks.looked_up(part.inputs["input_ids"], embeds.index_select(0, index))
+
+        with looked_up(sub.chosen, sub.chosen_index), self._watching(), self.hooks.recording() as of_chosen:
+            chosen = self.task(self.model, sub.chosen)
+        with looked_up(sub.rest, sub.rest_index):
+            rest = self.task(self.inner, sub.rest)
+        return sub.joined(chosen, rest), of_chosen
 
     def run_task(self, model: nn.Module, replace: Replace) -> TaskPass:
         """The task at a perturbed point."""
@@ -193,7 +207,7 @@ class Step:
             retain_graph=create_graph,
             allow_unused=True,
         )
-        wide = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in self.required(grads)]
+        wide = [widened(grad) for grad in self.required(grads)]
         return wide if scale == 1.0 else [grad / scale for grad in wide]
 
     def required(self, grads: Sequence[Tensor | None]) -> list[Tensor]:

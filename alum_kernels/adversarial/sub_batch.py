@@ -56,7 +56,7 @@ class SubBatch:
 
     Attributes:
         head: what the model predicts.
-        chosen, rest: arguments of the model for each.
+        chosen, rest: each, with what reads its predictions.
         chosen_index, rest_index: (m,) and (B - m,) places in the batch, int64.
         splits: the clean pass runs in two parts.
     """
@@ -71,7 +71,7 @@ class SubBatch:
     @property
     def fraction(self) -> float:
         """m / B."""
-        return self.chosen_index.shape[0] / (self.chosen_index.shape[0] + self.rest_index.shape[0])
+        return self.chosen_index.shape[0] / self._samples
 
     def selected(self, task: TaskPass, embeds: Sequence[Tensor]) -> tuple[TaskPass, list[Tensor]]:
         """A clean pass over the whole batch, and its tensors at the sites, as the perturbed passes see them."""
@@ -184,10 +184,10 @@ def sub_batch_of(
     Raises:
         ValueError: the loss of such a head cannot be put together from two parts.
     """
-    if splits and len({part.field for part in head.parts}) > 1 and head.name == "pretraining":
+    if splits and head.name == "pretraining":
         raise ValueError(
-            "adversarial_fraction: expected dropout 'independent' or 'off' for a pretraining head, whose two losses "
-            "have different counts, so that the clean pass cannot run in two parts"
+            "dropout: expected 'independent' or 'off' with adversarial_fraction < 1 for a pretraining head, whose two "
+            "losses have different counts, got 'shared'"
         )
     count = sample_count(whole.batch)
     parts = [make_part(select_samples(whole.batch, index, count)) for index in indices]

@@ -58,7 +58,8 @@ class AdversarialTrainer(Trainer):
     optimizer step (with gradient clipping) after each replay; the learning rate schedule counts batches.
 
     Perturbations that serve several visits of a sample (``delta_lifetime``) need a dataset with a column
-    ``sample_index``, an int that no other sample has.
+    ``sample_index``, an int that no other sample has; it is read back from the device, once a batch. Each process keeps
+    its own, and a checkpoint has none.
 
     Runs in one process or under ``DistributedDataParallel``.
 
@@ -174,6 +175,11 @@ class AdversarialTrainer(Trainer):
 
         self.objective.model = model
         self._keep_pace()
+        if samples is None and self.adversarial.delta_lifetime > 1:
+            raise ValueError(
+                f"train_dataset: expected a column {SAMPLE_KEY!r} with delta_lifetime "
+                f"{self.adversarial.delta_lifetime}, got {', '.join(batch)}"
+            )
         seed, sample_offset = self._place_of(find_batch_size(batch))
 
         def of_step(loss: Tensor) -> Tensor:
