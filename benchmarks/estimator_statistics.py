@@ -80,15 +80,15 @@ class GradientMoments:
     """
 
     period: int = 1
-    _along: list[float] = field(default_factory=list)
-    _exact_along: list[float] = field(default_factory=list)
-    _squares: list[float] = field(default_factory=list)
-    _cosines: list[float] = field(default_factory=list)
-    _added: list[float] = field(default_factory=list)
-    _exact_squares: list[float] = field(default_factory=list)
-    _sum: Tensor | None = None
-    _pending: tuple[Tensor, Tensor] | None = None
-    _steps: int = 0
+    _along: list[float] = field(default_factory=list, init=False)
+    _exact_along: list[float] = field(default_factory=list, init=False)
+    _squares: list[float] = field(default_factory=list, init=False)
+    _cosines: list[float] = field(default_factory=list, init=False)
+    _added: list[float] = field(default_factory=list, init=False)
+    _exact_squares: list[float] = field(default_factory=list, init=False)
+    _sum: Tensor | None = field(default=None, init=False)
+    _pending: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    _steps: int = field(default=0, init=False)
 
     def add(self, estimate: Tensor, exact: Exact) -> None:
         """Take e_i, (P,), which is left as it is."""

@@ -85,6 +85,11 @@ class Estimator:
     def lifetime(self) -> int:
         return self.fields.get("delta_lifetime", 1)
 
+    @property
+    def period(self) -> int:
+        """Steps after which their cost repeats."""
+        return self.interval * self.lifetime
+
     def bound(self, layers: int) -> float | None:
         """Cost in standard steps by counted passes."""
         return None if self.passes is None else 1 + self.passes(layers)
@@ -242,7 +247,7 @@ def costs(
 
     def steps(estimator: Estimator, objective: AdversarialObjective) -> Call:
         def call() -> None:
-            for _ in range(max(estimator.interval, estimator.lifetime)):
+            for _ in range(estimator.period):
                 model.zero_grad(set_to_none=True)
                 objective.backward(batch, samples=samples if estimator.lifetime > 1 else None)
 
@@ -255,7 +260,7 @@ def costs(
     for objective in objectives:
         objective.remove_hooks()
     base = timings["standard"].median
-    periods = [max(estimator.interval, estimator.lifetime) for estimator in estimators]
+    periods = [estimator.period for estimator in estimators]
     return [timings[str(place)].median / period / base for place, period in enumerate(periods)]
 
 

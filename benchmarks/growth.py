@@ -26,7 +26,7 @@ from benchmarks.cases import COMPILED_ASCENTS, DTYPES, Case, ascent_cases, diver
 from benchmarks.linear_head import Operands, providers
 from benchmarks.machine import describe, facts, write_results
 from benchmarks.table import Table, milliseconds, ratio
-from benchmarks.timing import Call, measure, peak_memory, times_as_long
+from benchmarks.timing import Call, is_out_of_memory, measure, peak_memory, times_as_long
 
 AXES = ("N", "V", "H", "S")
 EAGER, OURS = "eager", "ours"
@@ -110,11 +110,6 @@ def default_backend(op: str, storage: str, device: torch.device) -> str:
     return choose(chosen, None, torch.empty(0, dtype=DTYPES[storage], device=device))
 
 
-def without_memory(error: RuntimeError) -> bool:
-    """Whether an allocator refused: PyTorch's CPU allocator has no exception type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def measure_size(
     build: Callable[[], dict[str, Call]], backend: str, device: torch.device, rounds: int
 ) -> dict[str, dict[str, Any]]:
@@ -127,7 +122,7 @@ def measure_size(
     try:
         built = build()
     except RuntimeError as error:
-        if not without_memory(error):
+        if not is_out_of_memory(error):
             raise
         return {name: {**missing, "not_run": "out of memory: inputs"} for name in (EAGER, OURS)}
     calls = {EAGER: built[EAGER]}
@@ -140,7 +135,7 @@ def measure_size(
     try:
         timings = measure(fitting, device=device, rounds=rounds, warmup=1) if fitting else {}
     except RuntimeError as error:
-        if not without_memory(error):
+        if not is_out_of_memory(error):
             raise
         timings = {}
         for name in fitting:
@@ -158,7 +153,7 @@ def _peak(call: Call, device: torch.device) -> dict[str, Any]:
         call()
         return {"timing": None, "peak_bytes": peak_memory(call, device), "not_run": None}
     except RuntimeError as error:
-        if not without_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = "out of memory"
     gc.collect()

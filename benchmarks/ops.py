@@ -19,7 +19,7 @@ import torch
 from benchmarks.cases import Case, all_cases
 from benchmarks.machine import describe, facts, write_results
 from benchmarks.table import Table, milliseconds, ratio
-from benchmarks.timing import Call, Timing, copy_bandwidth, measure, peak_memory, times_as_long
+from benchmarks.timing import Call, Timing, copy_bandwidth, is_out_of_memory, measure, peak_memory, times_as_long
 
 OURS = ("native", "triton")
 OTHERS = ("eager", "compile", "liger")
@@ -29,7 +29,9 @@ def fits(call: Call) -> bool:
     """Whether a call finds the memory it needs on a CUDA device."""
     try:
         call()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         torch.cuda.empty_cache()
         return False
     return True

@@ -56,6 +56,9 @@ FP32_INSIDE = ("llama", "t5")
 """Their norms compute in fp32, whatever the model's dtype."""
 
 LARGE = {"std": 2e-2, "step_size": 5e-2, "epsilon": 4e-2}
+MOVED = AdversarialConfig.alum_finetuning(std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf")
+"""ALUM with a perturbation that moves, and by which the model's predictions do."""
+
 SMALL = ("alum_pretraining", "alum_continual", "alum_finetuning", "smart", "mtdnn", "r3f")
 """Published with perturbations near 1e-5, which leave the rest of the gradient as it is to 10 digits."""
 

@@ -3,12 +3,11 @@
 import pytest
 import tiny_models
 import torch
+from method_cases import MOVED
 
-from alum_kernels import AdversarialConfig, AdversarialObjective
+from alum_kernels import AdversarialObjective
 from alum_kernels.adversarial import ascent_precision
 from alum_kernels.adversarial.float8_layers import Float8Layers
-
-MOVED = AdversarialConfig.alum_finetuning(std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf")
 
 
 def watched_dtypes(model: torch.nn.Module) -> list[torch.dtype]:

@@ -5,13 +5,13 @@ import copy
 import pytest
 import tiny_models
 import torch
+from method_cases import MOVED
 from recorded_graphs import RecordedGraphs
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.adversarial.captured import MOST_GRAPHS, WARM_STEPS, CapturedStep
 from alum_kernels.adversarial.cuda_graphs import CaptureError
 
-MOVED = AdversarialConfig.alum_finetuning(std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

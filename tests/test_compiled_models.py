@@ -3,10 +3,11 @@
 import pytest
 import tiny_models
 import torch
+from method_cases import MOVED
 
-from alum_kernels import AdversarialConfig, AdversarialObjective
+from alum_kernels import AdversarialObjective
 
-MOVED = AdversarialConfig.alum_finetuning(std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf", telemetry=False)
+QUIET = MOVED.replace(telemetry=False)
 SAVINGS = [
     {},
     {"steps": 2, "normalize": "sign"},
@@ -41,7 +42,7 @@ def test_a_model_compiled_inside_the_wrapper_trains_as_it_does(task, changes):
         if task == "classification"
         else (tiny_models.bert_masked_lm, tiny_models.masked_lm_batch)
     )
-    batch, config = make_batch(), MOVED.replace(**changes)
+    batch, config = make_batch(), QUIET.replace(**changes)
     plain = make()
     expected = gradients(plain, AdversarialObjective(plain, config), batch)
     torch._dynamo.reset()
@@ -54,11 +55,11 @@ def test_a_model_compiled_inside_the_wrapper_trains_as_it_does(task, changes):
 def test_a_model_that_was_compiled_before_is_seen_through():
     batch = tiny_models.classification_batch()
     plain = tiny_models.bert()
-    expected = gradients(plain, AdversarialObjective(plain, MOVED), batch)
+    expected = gradients(plain, AdversarialObjective(plain, QUIET), batch)
     torch._dynamo.reset()
     model = tiny_models.bert()
     compiled = torch.compile(model, backend="aot_eager")
-    objective = AdversarialObjective(compiled, MOVED)
+    objective = AdversarialObjective(compiled, QUIET)
     assert objective.head.name == "classification"
     torch.testing.assert_close(gradients(model, objective, batch), expected, rtol=1e-4, atol=1e-6)
 
@@ -68,7 +69,7 @@ def test_parallel_models_are_compiled_inside(tmp_path):
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(tiny_models.bert())
         with pytest.raises(ValueError, match=r"^model: expected DistributedDataParallel around a compiled model"):
-            AdversarialObjective(torch.compile(wrapped), MOVED)
+            AdversarialObjective(torch.compile(wrapped), QUIET)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -77,7 +78,7 @@ def test_parallel_models_are_compiled_inside(tmp_path):
 def test_steps_compile_nothing_after_the_first_two(changes):
     torch._dynamo.reset()
     model, batch = tiny_models.bert(), tiny_models.classification_batch()
-    objective = AdversarialObjective(model, MOVED.replace(**changes))
+    objective = AdversarialObjective(model, QUIET.replace(**changes))
     graphs = []
 
     def count(graph, inputs):

@@ -11,7 +11,7 @@ from test_estimators_benchmark import tiny_model
 
 from alum_kernels.adversarial.config import PRESETS
 from benchmarks import memory
-from benchmarks.memory import Method, Prepared, measured
+from benchmarks.memory import Prepared, measured
 from benchmarks.shapes import Shape, minilm
 
 CPU = torch.device("cpu")
@@ -94,4 +94,3 @@ def test_low_memory_holds_one_graph_and_alum_two():
 def test_methods_are_named_once():
     names = [method.name for method in memory.methods()]
     assert len(set(names)) == len(names)
-    assert all(isinstance(method, Method) for method in memory.methods())

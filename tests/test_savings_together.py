@@ -5,10 +5,9 @@ import copy
 import pytest
 import tiny_models
 import torch
+from method_cases import MOVED
 
-from alum_kernels import AdversarialConfig, AdversarialObjective
-
-MOVED = AdversarialConfig.alum_finetuning(std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf")
+from alum_kernels import AdversarialObjective
 
 
 def test_masks_that_differ_between_two_clean_passes_are_refused():

@@ -3,13 +3,13 @@
 import pytest
 import tiny_models
 import torch
+from method_cases import MOVED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alum_kernels import AdversarialConfig, AdversarialObjective, projected_ascent
 from alum_kernels.adversarial import perturbation
 from alum_kernels.adversarial.telemetry import Telemetry
 
-MOVED = AdversarialConfig.alum_finetuning(std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf")
 WAITS = ("_local_scalar_dense", "nonzero.default", "is_nonzero", "masked_select", "unique")
 
 

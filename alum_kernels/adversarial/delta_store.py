@@ -33,9 +33,6 @@ class DeltaStore:
         self._lifetime = lifetime
         self._kept: dict[int, _Kept] = {}
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def clear(self) -> None:
         """Keep nothing."""
         self._kept.clear()
