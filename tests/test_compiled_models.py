@@ -30,7 +30,7 @@ def gradients(model, objective, batch: dict, steps: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("task", "changes"),
     [
-        ("masked_lm", {}),
+        pytest.param("masked_lm", {}, marks=pytest.mark.slow),
         ("classification", SAVINGS[0]),
         *(pytest.param("classification", changes, marks=pytest.mark.slow) for changes in SAVINGS[1:]),
     ],
@@ -52,6 +52,7 @@ def test_a_model_compiled_inside_the_wrapper_trains_as_it_does(task, changes):
     torch.testing.assert_close(gradients(compiled, objective, batch), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_compiled_before_is_seen_through():
     batch = tiny_models.classification_batch()
     plain = tiny_models.bert()
