@@ -15,21 +15,26 @@ DEVIATION = 0.0556
 RADIUS = 1e-2
 """Of the ball of the normalised methods: a fifth of the standard deviation of MiniLM's word embeddings."""
 
+SHARE = RADIUS / DEVIATION
+"""The same ball, relative to what is perturbed."""
+
+ALUM_LINF = AdversarialConfig.alum_finetuning(
+    method="alum_linf", normalize="linf", std=RADIUS, epsilon=RADIUS, step_size=RADIUS
+)
+SAVINGS = {
+    "part": {"adversarial_fraction": 0.25},
+    "interval": {"adversarial_interval": 4},
+    # hidden states are larger than embeddings: the same share of their size
+    "depth": {"ascent_depth": 3, "units": "rms", **dict.fromkeys(("std", "epsilon", "step_size"), SHARE)},
+    "bf16": {"ascent_dtype": "bfloat16"},
+    "kept": {"delta_lifetime": 2},
+}
+
 OWN_SETTINGS = {
-    "alum_linf": AdversarialConfig.alum_finetuning(
-        method="alum_linf", normalize="linf", std=RADIUS, epsilon=RADIUS, step_size=RADIUS
-    ),
+    ALUM_LINF.method: ALUM_LINF,
     **{
-        f"alum_linf_{name}": AdversarialConfig.alum_finetuning(
-            method=f"alum_linf_{name}", normalize="linf", std=RADIUS, epsilon=RADIUS, step_size=RADIUS, **saving
-        )
-        for name, saving in {
-            "part": {"adversarial_fraction": 0.25},
-            "interval": {"adversarial_interval": 4},
-            "depth": {"ascent_depth": 3},
-            "bf16": {"ascent_dtype": "bfloat16"},
-            "kept": {"delta_lifetime": 2},
-        }.items()
+        method: ALUM_LINF.replace(method=method, **saving)
+        for method, saving in ((f"{ALUM_LINF.method}_{name}", saving) for name, saving in SAVINGS.items())
     },
     "alum_sign": AdversarialConfig.alum_finetuning(
         method="alum_sign", normalize="sign", std=RADIUS, epsilon=RADIUS, step_size=RADIUS
