@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.hooks import PerturbationHooks
+from alum_kernels.adversarial.input_gradients import input_gradients
 from alum_kernels.adversarial.model_state import original, unwrap
 from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE, in_fp16
 from alum_kernels.adversarial.row_losses import widened
@@ -190,7 +191,8 @@ class SmartPerturbation:
             a gradient is not finite.
 
         Raises:
-            ValueError: another task, or a task without criterion; a model without embeddings that a hook can reach.
+            ValueError: another task, or a task without criterion; a model without embeddings that a hook can reach, or
+                whose logits do not depend on them, or with reentrant checkpoints.
             RuntimeError: the perturbed module did not run exactly once in a pass.
         """
         if task_type not in tuple(TaskType):
@@ -215,7 +217,9 @@ class SmartPerturbation:
                 grad_scale=scale,
                 backend=None,
             )
-            (grad,) = torch.autograd.grad(adv, climb.leaf, upstream)
+            (grad,) = input_gradients(adv, [climb.leaf], upstream)
+            if grad is None:
+                raise ValueError(f"model: expected logits of its embeddings, those of {type(model).__name__} are not")
             climb.up(widened(grad) / scale)
         adv = _rows(run(climb.arrive), task_type, pairwise)
         self.non_finite = climb.non_finite
