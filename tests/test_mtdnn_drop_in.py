@@ -354,6 +354,35 @@ def test_fp16_autocast_climbs_as_fp32_does():
     assert torch.cosine_similarity(*deltas, 0) > 0.999
 
 
+@pytest.mark.parametrize("task", [TaskType.Classification, TaskType.Regression])
+def test_clean_logits_may_be_wider(task):
+    model, given, found = Network(1 if task == TaskType.Regression else 3, own_calls=True).bfloat16(), inputs(), []
+    for dtype in (torch.bfloat16, torch.float32):
+        clean = model(**given).to(dtype)
+        torch.manual_seed(7)
+        found.append(SmartPerturbation().forward(model, clean, *given.values(), task_type=task)[0])
+    assert [loss.dtype for loss in found] == [torch.float32] * 2
+    assert found[0] > 0
+    same(*found)
+
+
+def test_a_distributed_model_is_seen_through(tmp_path):
+    model, given, found = Network(3, own_calls=False), inputs(), []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for called in (model, nn.parallel.DistributedDataParallel(model)):
+            model.zero_grad()
+            clean = called(**given)
+            torch.manual_seed(7)
+            loss, *_ = SmartPerturbation().forward(called, clean, *given.values())
+            (clean.square().sum() + loss).backward()
+            found.append(tiny_models.Gradients.of(model).flat())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found[0].abs().max() > 0
+    same(*found)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

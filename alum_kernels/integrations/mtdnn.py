@@ -234,7 +234,9 @@ class SmartPerturbation:
     def _loss(self, clean: Tensor, adv: Tensor, task_id: int, task_type: int) -> Tensor:
         regression = task_type == TaskType.Regression
         if not self.loss_map:
-            return squared_error(adv, clean.to(adv.dtype)) if regression else SymKlCriterion()(clean, adv)
+            wide = torch.promote_types(clean.dtype, adv.dtype)  # a caller may have widened his logits
+            clean, adv = clean.to(wide), adv.to(wide)
+            return squared_error(adv, clean) if regression else SymKlCriterion()(clean, adv)
         # a criterion that drops the last dimension of one side would compare every sample with every other
         clean, adv = (clean.flatten(), adv.flatten()) if regression else (clean, adv)
         return self.loss_map[task_id](clean, adv, ignore_index=-1)
