@@ -46,12 +46,17 @@ def step(
     *,
     sample_offset: int = 0,
     autocast: torch.dtype | None = None,
+    samples: list[int] | None = None,
 ) -> Tensor:
     """One step, whose gradients are added to those in the model; its loss."""
     torch.manual_seed(5)  # of dropout
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         output = objective.forward(
-            batch, seed=torch.tensor([SEED]), sample_offset=sample_offset, backward=differentiate
+            batch,
+            seed=torch.tensor([SEED]),
+            sample_offset=sample_offset,
+            backward=differentiate,
+            samples=samples,
         )
     differentiate(output.loss)
     return output.loss.detach()
@@ -236,6 +241,22 @@ def test_an_overflow_of_the_last_backward_is_its_own_alone(method, task, monkeyp
 
 
 @every_task
+def test_a_kept_perturbation_survives_an_overflow(task):
+    found, batch = [], BATCHES[task]()
+    for scale in (1.0, 2.0**60):
+        model = model_of(task, dtype=torch.float32)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        objective = AdversarialObjective(model, ALUM.replace(delta_lifetime=2))
+        options = {"autocast": torch.float16, "samples": [3, 1, 4, 15]}
+        first = step(objective, batch, lambda loss, scaler=scaler: scaler.scale(loss).backward(), **options)
+        assert torch.isfinite(Gradients.of(model).flat()).all() == (scale == 1.0)
+        model.zero_grad()
+        found.append((first, step(objective, batch, **options), Gradients.of(model).flat()))
+    for plain_one, overflowed in zip(*found, strict=True):
+        assert torch.equal(plain_one, overflowed)
+
+
+@every_task
 def test_a_perturbation_that_climbs_by_the_scaled_backward_stays_where_that_overflows(task, monkeypatch):
     """FreeLB has the gradient of its perturbation from the backward that trains: the scaler skips the whole step."""
     climbed, model = Climbed(monkeypatch), model_of(task, dtype=torch.float32)
@@ -297,3 +318,24 @@ def test_reentrant_checkpoints_serve_whole_backwards(method, task):
         AdversarialObjective(model, config).backward(BATCHES[task]())
         found.append(Gradients.of(model))
     assert_same(model, found[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["alum", "freelb", "low memory"])
+@pytest.mark.parametrize("option", ["checkpointed", "bf16", "frozen"])
+def test_options_of_a_compiled_model(method, option):
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = model_of("classification", dtype=torch.float32)
+        if option == "checkpointed":
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if option == "frozen":
+            frozen(model, "all embeddings")
+        objective = AdversarialObjective(model, METHODS[method])
+        if compiled:
+            model.compile(backend="aot_eager")
+        step(objective, BATCHES["classification"](), autocast=torch.bfloat16 if option == "bf16" else None)
+        found.append(Gradients.of(model))
+    assert found[0].flat().abs().max() > 1e-4
+    assert_same(model, found[0], 2e-2 if option == "bf16" else 1e-4)

@@ -186,9 +186,8 @@ class SmartPerturbation:
             pairwise: candidates that a ranking task compares.
 
         Returns:
-            The loss; the mean magnitude of the embeddings; and that of the last step's part in delta,
-            step_size |g| / (max|delta + step_size g| + epsilon). The last two are detached, as is the latter's 0 where
-            a gradient is not finite.
+            The loss; the mean magnitude of the embeddings; and that of the last step's part in delta, step_size |g| /
+            (max|delta + step_size g| + epsilon), 0 where no step was taken. The last two carry no graph.
 
         Raises:
             ValueError: another task, or a task without criterion; a model without embeddings that a hook can reach, or
