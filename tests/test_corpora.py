@@ -348,10 +348,12 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("corpora")
 
 
-@given(PAIRS, st.sampled_from(["\r\n", "\n"]), st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
-@example([("a\r\nb\rc", '"', "1"), (",", "", "2")], "\n", csv.QUOTE_MINIMAL)
+@given(PAIRS, st.sampled_from([("\r\n", csv.QUOTE_MINIMAL), ("\r\n", csv.QUOTE_ALL), ("\n", csv.QUOTE_ALL)]))
+@example([("a\r\nb\rc", '"', "1"), (",", "", "2")], ("\r\n", csv.QUOTE_MINIMAL))
 @settings(max_examples=60)
-def test_csv_as_the_csv_module_writes_it(folder, rows, end, quoting):
+def test_csv_as_the_csv_module_writes_it(folder, rows, dialect):
+    """Line feeds as line ends with as few quotes as can be are not among them: it leaves "\\r" bare then."""
+    end, quoting = dialect
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator=end, quoting=quoting)
     writer.writerows([("sentence1", "sentence2", "label"), *rows])
