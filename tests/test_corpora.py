@@ -352,7 +352,7 @@ def folder(tmp_path_factory) -> Path:
 @example([("a\r\nb\rc", '"', "1"), (",", "", "2")], ("\r\n", csv.QUOTE_MINIMAL))
 @settings(max_examples=60)
 def test_csv_as_the_csv_module_writes_it(folder, rows, dialect):
-    """Line feeds as line ends with as few quotes as can be are not among them: it leaves "\\r" bare then."""
+    """Not with line feeds as line ends and few quotes: it then leaves carriage returns bare."""
     end, quoting = dialect
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator=end, quoting=quoting)
