@@ -99,6 +99,15 @@ def test_a_spoilt_row_spoils_the_loss_of_every_method(method, task):
     assert refuses(guard, model)
 
 
+def test_a_spoilt_row_in_one_of_many_chunks(monkeypatch):
+    monkeypatch.setenv("ALUM_LINEAR_CHUNK_BYTES", "200")  # a row of logits, or less
+    model, batch = tiny_models.bert_masked_lm(), tiny_models.masked_lm_batch()
+    spoil(model.bert.encoder.layer[-1])
+    figures, _ = stepped(model, MOVED, batch)
+    assert all(value.isnan() for value in figures.values())
+    assert refuses(FiniteGuard(), model)
+
+
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("place", ["embeddings", "classifier", "parameter"])
 def test_wherever_it_comes_from(place, value):

@@ -40,6 +40,8 @@ class FiniteGuard:
     overflow of fp16 gradients is the scaler's to skip, which lowers its scale: it is neither counted here nor warned
     of as long as the scale is above 1 and the losses are finite.
 
+    A captured step is guarded if it was captured without its optimizer.
+
     Under several processes the decision is the same on all of them: one all-reduce of one element a step.
 
     Args:
