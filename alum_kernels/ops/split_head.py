@@ -185,7 +185,12 @@ def agreed_split(head: LocalHead, replicated: Sequence[tuple[str, Tensor | None]
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """A sum over the bits of a tensor, which tensors of other values all but never share."""
+    """A sum over the bits of a tensor and their places, which other values or another order all but never share."""
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    flat = tensor.detach().contiguous().view(-1).view(words)
-    return flat.sum(dtype=torch.int64)
+    table = tensor.detach().contiguous().view(words)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for axis in range(table.dim()):
+        others = [other for other in range(table.dim()) if other != axis]
+        along = table.sum(others, dtype=torch.int64) if others else table
+        total += (along * torch.arange(1, len(along) + 1, device=tensor.device) * (2 * axis + 1)).sum()
+    return total
