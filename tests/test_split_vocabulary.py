@@ -193,11 +193,10 @@ class OneRank:
         return lambda: tensor
 
 
-@pytest.mark.parametrize("soft_cap", [None, 4.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("dtype", "soft_cap"), [(torch.float32, None), (torch.float64, 4.0)])
 def test_the_memory_of_a_chunk(dtype, soft_cap):
-    columns, budget = 4000, 20 << 20
-    given = operands(300, 4, columns, dtype=dtype)
+    columns, budget = 4000, 10 << 20
+    given = operands(120, 4, columns, dtype=dtype)
     split, options = OneRank(columns), LinearOptions("symmetric_kl", "full", 1.0, 1.0, soft_cap, "none", budget)
     call = LinearDivergence(
         SplitRows(split.gather, 0), *given.values(), None, None, options, Wanted(True, True, True, True), split=split
@@ -290,13 +289,16 @@ def over_processes(checks: str, ranks: int, folder: Path) -> None:
             process.kill()
 
 
-CHECKS = "conventions,accuracy,ascent,cross_entropy,distributed_tensors,disagreements,compiled"
-
-
 def test_two_processes_give_the_gradient_of_one(tmp_path):
-    over_processes(CHECKS, 2, tmp_path)
+    over_processes("conventions,ascent,cross_entropy,distributed_tensors,disagreements,compiled", 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_processes_reach_the_accuracy_of_one_and_train_language_models(tmp_path, ranks):
+    over_processes("accuracy,language_models", ranks, tmp_path)
 
 
 @pytest.mark.slow
 def test_four_processes_give_the_gradient_of_one(tmp_path):
-    over_processes(CHECKS, 4, tmp_path)
+    over_processes("conventions,ascent,cross_entropy,distributed_tensors,disagreements", 4, tmp_path)

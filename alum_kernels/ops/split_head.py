@@ -17,7 +17,7 @@ from torch import Tensor
 from alum_kernels.backends.vocabulary_group import VocabularySplit, gathered
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import DeviceMesh, ProcessGroup
     from torch.distributed.tensor import DTensor
 
 EAGER = "its ranks send each other tensors and sizes, which a traced graph does not hold"
@@ -102,11 +102,26 @@ def _from_dtensors(
             f"{name}: expected a DTensor, Replicate on every dimension, beside a weight on the mesh {mesh} of several "
             f"dimensions, got a plain tensor; or pass weight.to_local() with group=mesh.get_group({axis})"
         )
-    # rows are dealt out as torch.chunk does: ceil(V / R) each while there are any
-    ranks, classes = mesh.size(axis), weight.shape[0]
+    return LocalHead(states, *local, mesh.get_group(axis), _sizes(weight, axis) if declared else None)
+
+
+def _sizes(weight: DTensor, axis: int) -> tuple[int, ...]:
+    """Classes of each rank, dealt out as torch.chunk does: ceil(V / R) each while there are any."""
+    ranks, classes = weight.device_mesh.size(axis), weight.shape[0]
     most = -(-classes // ranks)
-    sizes = tuple(min(most, max(classes - rank * most, 0)) for rank in range(ranks))
-    return LocalHead(states, *local, mesh.get_group(axis), sizes if declared else None)
+    return tuple(min(most, max(classes - rank * most, 0)) for rank in range(ranks))
+
+
+def class_split(weight: DTensor) -> tuple[DeviceMesh, int, tuple[int, ...]]:
+    """Mesh and dimension over which the classes of a DTensor weight (V, H) are split, and those of each rank.
+
+    Raises:
+        ValueError: it is placed in another way, or every rank has it whole.
+    """
+    axis = _split_axis(weight)
+    if axis is None:
+        raise ValueError(f"weight: expected a DTensor with placement Shard(dim=0), got {weight.placements}")
+    return weight.device_mesh, axis, _sizes(weight, axis)
 
 
 def _split_axis(weight: DTensor) -> int | None:
