@@ -208,6 +208,18 @@ def test_the_memory_of_a_chunk(dtype, soft_cap):
     assert error(call.result.weight, expected[1]["weight"]) <= 5e-6
 
 
+def test_half_precision_on_a_gpu_takes_both_logits():
+    """The plan of the products that CUDA has for it, as the CPU emulates it."""
+    given = operands(32, 64, 700, 0.03, spread=0.1, dtype=torch.bfloat16)
+    expected = in_float64(given, "symmetric_kl", reduction="sum")
+    split, wanted = OneRank(700), Wanted(True, True, True, True)
+    arguments = (*given.values(), None, None, LinearOptions("symmetric_kl", "full"), wanted)
+    result = LinearDivergence(SplitRows(split.gather, 0), *arguments, plan="sides", split=split).run()
+    assert error(result.rows.sum(), expected[0]) <= 1e-5
+    assert error(result.hidden, expected[1]["hidden"]) <= 1e-3
+    assert error(result.weight, expected[1]["weight"]) <= 3e-3
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
@@ -229,11 +241,12 @@ def test_the_memory_of_a_chunk(dtype, soft_cap):
             ValueError,
             r"^hidden: expected placement Replicate\(\) on every",
         ),
+        ({"mask": [Replicate()]}, TypeError, "^mask: expected a plain tensor, got a DTensor"),
         ({"weight": [Shard(0)], "group": True}, ValueError, "^group: expected None with a DTensor weight"),
     ],
 )
 def test_what_is_not_split_so_is_refused(one_process, changes, kind, message):
-    arguments = operands()
+    arguments = operands() | {"mask": torch.ones(7, dtype=torch.bool)}
     for name, change in changes.items():
         if name == "group":
             arguments[name] = torch.distributed.group.WORLD if change is True else change

@@ -182,9 +182,12 @@ def agreed_split(head: LocalHead, replicated: Sequence[tuple[str, Tensor | None]
     sizes = head.sizes
     if sizes is None:
         first = head.hidden[0]
-        known = torch.tensor([head.weight.shape[0], zlib.crc32(repr((first.shape, options)).encode())])
-        bits = torch.stack([torch.zeros_like(known[0]) if x is None else _bits(x).to("cpu") for _, x in replicated])
-        everywhere = gathered(torch.cat([known, bits]).to(first.device), head.group).tolist()
+        known = [head.weight.shape[0], zlib.crc32(repr((first.shape, options)).encode())]
+        told = torch.tensor(known + [0] * len(replicated), device=first.device)
+        for at, (_, tensor) in enumerate(replicated, start=len(known)):
+            if tensor is not None:
+                told[at] = _bits(tensor)
+        everywhere = gathered(told, head.group).tolist()
         for at, name in enumerate(("hidden and options", *(name for name, _ in replicated)), start=1):
             found = [values[at] for values in everywhere]
             if len(set(found)) > 1:
