@@ -314,4 +314,5 @@ def test_processes_reach_the_accuracy_of_one_and_train_language_models(tmp_path,
 
 @pytest.mark.slow
 def test_four_processes_give_the_gradient_of_one(tmp_path):
-    over_processes("conventions,ascent,cross_entropy,distributed_tensors,disagreements", 4, tmp_path)
+    checks = "conventions,ascent,cross_entropy,distributed_tensors,mesh_of_two_dimensions,disagreements"
+    over_processes(checks, 4, tmp_path)

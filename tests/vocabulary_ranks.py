@@ -149,9 +149,9 @@ def cross_entropy(ranks: Ranks) -> None:
     for sizes in (ranks.sizes(70, 20), ranks.sizes(70, 1), ranks.sizes(70, 0)):
         for options in ({}, {"logit_scale": 0.5, "soft_cap": 3.0}):
             given = {n: x for n, x in operands(dtype=torch.float64).items() if n != "adv_hidden"}
-            own = ranks.place(sizes)
+            place = ranks.place(sizes)
             results = []
-            for tensors, group in ((given, None), (ranks.own(given, own), ranks.group)):
+            for tensors, group in ((given, None), (ranks.own(given, place), ranks.group)):
                 leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
                 loss = linear_cross_entropy(
                     leaves["hidden"], leaves["weight"], labels, leaves["bias"], group=group, chunk_bytes=1200, **options
@@ -160,10 +160,22 @@ def cross_entropy(ranks: Ranks) -> None:
                 results.append((loss.detach(), {name: leaf.grad for name, leaf in leaves.items()}))
             (want, gradients), (loss, found) = results
             assert error(loss, want) <= 1e-13
-            for name, gradient in ranks.own(gradients, own).items():
+            for name, gradient in ranks.own(gradients, place).items():
                 assert error(found[name], gradient) <= 1e-12, name
             ranks.assert_everywhere_the_same(found["hidden"])
-    own = ranks.own(given, own)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+        exact = {name: tensor.to(dtype).double().requires_grad_() for name, tensor in given.items()}
+        want = linear_cross_entropy(exact["hidden"], exact["weight"], labels, exact["bias"])
+        want.backward()
+        leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in ranks.own(given, place).items()}
+        loss = linear_cross_entropy(leaves["hidden"], leaves["weight"], labels, leaves["bias"], group=ranks.group)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert error(loss.detach(), want.detach()) <= 1e-6
+        for name, gradient in ranks.own({name: tensor.grad for name, tensor in exact.items()}, place).items():
+            assert leaves[name].grad.dtype == dtype
+            assert error(leaves[name].grad, gradient) <= tolerance, (name, dtype)
+    own = ranks.own(given, place)
     nobody = torch.where(labels == -100, labels, 70)
     assert linear_cross_entropy(own["hidden"], own["weight"], nobody, group=ranks.group).item() == math.inf
 
@@ -206,6 +218,31 @@ def distributed_tensors(ranks: Ranks) -> None:
     cut = distribute_tensor(operands()["hidden"], mesh, [Shard(1)])
     weight = distribute_tensor(operands()["weight"], mesh, [Shard(0)])
     refused(ValueError, "adv_hidden: expected placement Replicate()", lambda: linear_symmetric_kl(cut, cut, weight))
+
+
+def mesh_of_two_dimensions(ranks: Ranks) -> None:
+    """Four ranks, two copies of a head that two ranks split: hidden states must say that all have the same."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "classes"))
+    given = operands(dtype=torch.float64, columns=71)
+    expected = in_float64(given, "symmetric_kl")
+    head, states = [Replicate(), Shard(0)], [Replicate(), Replicate()]
+    leaves = {
+        name: distribute_tensor(x, mesh, head if name in ("weight", "bias") else states).requires_grad_()
+        for name, x in given.items()
+    }
+    loss = linear_symmetric_kl(*leaves.values())
+    loss.backward()
+    assert error(loss.detach(), expected[0]) <= 1e-12
+    for name, leaf in leaves.items():
+        assert error(leaf.grad.full_tensor(), expected[1][name]) <= 1e-11, name
+    plain = {**leaves, "hidden": given["hidden"], "adv_hidden": given["adv_hidden"]}
+    message = "adv_hidden: expected a DTensor, Replicate on every dimension"
+    refused(ValueError, message, lambda: linear_symmetric_kl(*plain.values()))
+    # the cure that the message names: each copy is a group of its own, with hidden states of its own
+    slices = {name: leaves[name].detach().to_local() for name in ("weight", "bias")}
+    moved = {name: x + mesh.get_local_rank("copies") if "hidden" in name else x for name, x in given.items()}
+    loss = linear_symmetric_kl(**{**moved, **slices}, group=mesh.get_group("classes"))
+    assert error(loss, in_float64(moved, "symmetric_kl")[0]) <= 1e-12
 
 
 def disagreements(ranks: Ranks) -> None:
