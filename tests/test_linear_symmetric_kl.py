@@ -83,8 +83,8 @@ def test_without_a_graph_no_gradient_is_formed(kernel_place, monkeypatch):
     wanted = []
 
     class Seen(LinearDivergence):
-        def __init__(self, *arguments) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **keywords) -> None:
+            super().__init__(*arguments, **keywords)
             wanted.append(self.wanted)
 
     monkeypatch.setattr("alum_kernels.ops.linear_symmetric_kl.LinearDivergence", Seen)

@@ -69,6 +69,8 @@ class FusedHead:
         if config.compares and unfused:
             return self._refuse(f"there is no fused {', '.join(sorted(unfused))}")
         found = find_linear_head(self._model)
+        if isinstance(found, LinearHead) and found.split is not None and config.backend is not None:
+            found = f"its vocabulary is split over ranks, which backend={config.backend!r} does not serve"
         return self._refuse(found) if isinstance(found, str) else found
 
     def _refuse(self, reason: str) -> None:

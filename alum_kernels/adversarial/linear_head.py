@@ -6,6 +6,8 @@ was given go to ``linear_symmetric_kl`` and to a chunked cross-entropy, on the r
 A model is taken for such a one if its output embeddings are one plain ``nn.Linear`` over the vocabulary, and if it
 behaves so on one sample: the few logits that it returns are what the projection's formula says, logit scale and soft
 cap of the configuration included, and its own loss is the mean cross-entropy of the labels.
+
+The weight may be split over ranks by its classes (``split_projection.py``): each rank then forms a few of its own.
 """
 
 from collections.abc import Iterator
@@ -17,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alum_kernels.adversarial.split_projection import SplitProjection
 from alum_kernels.backends.soft_cap import finished_logits
 from alum_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from alum_kernels.ops.split_head import is_dtensor
 
 PROBED_CLASSES = 8
-"""Classes whose logits the model still forms."""
+"""Classes whose logits the model still forms, on every rank."""
 
 
 @dataclass
@@ -38,10 +42,14 @@ class LinearHead:
     Args:
         projection: the module; its weight (V, H) and bias (V,) are those of the moment, tied or not.
         logit_scale, soft_cap: as in :func:`alum_kernels.linear_symmetric_kl`.
+
+    Attributes:
+        split: how its classes lie on ranks; None where this one has them all.
     """
 
     def __init__(self, projection: nn.Linear, logit_scale: float = 1.0, soft_cap: float | None = None) -> None:
         self.projection, self.logit_scale, self.soft_cap = projection, logit_scale, soft_cap
+        self.split = SplitProjection(projection) if is_dtensor(projection.weight) else None
         self._captured: Captured | None = None
         # one object for every pass: a compiled model would take another one for another model
         self._narrow_forward = self._narrow
@@ -65,6 +73,11 @@ class LinearHead:
 
     def mismatch(self, captured: Captured, logits: Any) -> str | None:
         """Why the logits that a model returned are not those of this formula, or None if they are. The host waits."""
+        if self.split is None:
+            return self._mismatch(captured, logits)
+        return self.split.first_reason(self._mismatch(captured, self.split.own_logits(logits, PROBED_CLASSES)))
+
+    def _mismatch(self, captured: Captured, logits: Any) -> str | None:
         if len(captured.hidden) != 1:
             return f"its output projection ran {len(captured.hidden)} times in a forward pass"
         with torch.no_grad(), self.autocast(captured):
@@ -88,12 +101,17 @@ class LinearHead:
 
     def _narrow(self, hidden: Tensor) -> Tensor:
         device, captured = hidden.device.type, self._captured
+        parallel = is_dtensor(hidden)
+        hidden = hidden.to_local() if parallel else hidden  # replicated, as the hook before this makes it
         captured.hidden.append(hidden)
         captured.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return self._few_products(hidden)
+        few = self._few_products(hidden)
+        return self.split.as_output(few) if parallel else few
 
     def _few_products(self, hidden: Tensor) -> Tensor:
         weight, bias = self.projection.weight, self.projection.bias
+        if self.split is not None:
+            weight, bias = weight.to_local(), None if bias is None else bias.to_local()
         return functional.linear(hidden, weight[:PROBED_CLASSES], None if bias is None else bias[:PROBED_CLASSES])
 
 
@@ -130,4 +148,9 @@ def find_linear_head(model: nn.Module) -> LinearHead | str:
         return f"its output embeddings have {projection.out_features} rows, not a vocabulary's"
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
     cap = getattr(text, "final_logit_softcapping", None)
-    return LinearHead(projection, scale, None if cap is None else float(cap))
+    try:
+        head = LinearHead(projection, scale, None if cap is None else float(cap))
+    except ValueError:
+        return f"its output embeddings hold a DTensor with placements {projection.weight.placements}, not Shard(dim=0)"
+    obstacle = None if head.split is None else head.split.obstacle(model, PROBED_CLASSES)
+    return head if obstacle is None else obstacle

@@ -15,9 +15,14 @@ At most one chunk of logits exists at a time.
     differences   fp32 products, of fp32 inputs on any device and of every input on the CPU (half precision is widened)
     sides         half-precision products with fp32 output (``out_dtype``), of half-precision inputs on CUDA. Gradients
                   are bf16 between products, also of fp16 inputs: S, of second order, would vanish in fp16
+
+Where the classes are split over ranks (``vocabulary_group.py``), W is the slice of this one: the row kernel is that of
+``split_vocabulary.py``, product 2 is summed over the ranks while product 3 runs, and dW is the slice's alone. fp64 goes
+that way too; otherwise the reference serves it.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -26,6 +31,8 @@ import torch
 from torch import Tensor
 
 from alum_kernels.backends.soft_cap import soft_cap, uncap_gradients
+from alum_kernels.backends.split_vocabulary import BYTES_PER_CLASS, SplitRows
+from alum_kernels.backends.vocabulary_group import VocabularySplit
 
 DEFAULT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 """Bytes of a chunk of logits and their gradients, by device type."""
@@ -62,7 +69,7 @@ class Wanted:
 
 @dataclass
 class LinearResult:
-    """Loss of each row and the gradients that were wanted, all fp32; rows of weight zero are zero."""
+    """Loss of each row and the gradients that were wanted, fp32 (fp64 for fp64); rows of weight zero are zero."""
 
     rows: Tensor  # (N,)
     adv_hidden: Tensor | None = None  # (N, H)
@@ -92,12 +99,16 @@ def plan_of(hidden: Tensor, plan: str | None = None) -> str:
     return "sides" if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) else "differences"
 
 
-def rows_in_chunk(rows: int, columns: int, options: LinearOptions, device: torch.device, gradient_bytes: int) -> int:
+def rows_in_chunk(
+    rows: int, columns: int, options: LinearOptions, device: torch.device, gradient_bytes: int, split: bool = False
+) -> int:
     """Rows of each chunk: as many as the budget holds, evenly over the chunks that it takes, at least one."""
     bytes_per_class = 8  # both products, and their gradients in the same place if they are fp32
+    if split:
+        bytes_per_class = (8 + BYTES_PER_CLASS) * max(gradient_bytes, 4) // 4
     if options.soft_cap_at is not None:
         bytes_per_class += 48  # with bias, capped, what the cap's passes hold, and gradients before and after them
-    elif gradient_bytes != 4:
+    elif gradient_bytes == 2:
         bytes_per_class += 2 * gradient_bytes
     most = max(chunk_budget(options.chunk_bytes, device) // (columns * bytes_per_class), 1)
     chunks = max(-(-rows // most), 1)
@@ -127,7 +138,7 @@ class LinearDivergence:
 
     def __init__(
         self,
-        kernel: ModuleType,
+        kernel: ModuleType | SplitRows,
         adv_hidden: Tensor,  # (N, H)
         hidden: Tensor,  # (N, H)
         weight: Tensor,  # (V, H)
@@ -137,12 +148,14 @@ class LinearDivergence:
         options: LinearOptions,
         wanted: Wanted,
         plan: str | None = None,  # that of the inputs, unless a test or a benchmark names one
+        split: VocabularySplit | None = None,  # over ranks, of which weight and bias are this one's slice
     ) -> None:
-        self.kernel, self.options, self.wanted = kernel, options, wanted
+        self.kernel, self.options, self.wanted, self.split = kernel, options, wanted, split
         self.differences = plan_of(hidden, plan) == "differences"
-        dtype = torch.float32 if self.differences else hidden.dtype
+        self.wide = torch.promote_types(hidden.dtype, torch.float32)
+        dtype = self.wide if self.differences else hidden.dtype
         self.adv_hidden, self.hidden, self.weight = adv_hidden, hidden, weight.to(dtype)
-        self.bias = None if bias is None else bias.float().contiguous()
+        self.bias = None if bias is None else bias.to(self.wide).contiguous()
         self.row_weight, self.clean_products = row_weight, clean_products
         self.dtype = dtype
         self.gradient_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
@@ -156,14 +169,14 @@ class LinearDivergence:
         (rows, hidden_size), columns, device = hidden.shape, weight.shape[0], hidden.device
 
         def zeros(wanted: bool, *shape: int) -> Tensor | None:
-            return torch.zeros(shape, dtype=torch.float32, device=device) if wanted else None
+            return torch.zeros(shape, dtype=self.wide, device=device) if wanted else None
 
         self.result = LinearResult(
             zeros(True, rows),
             zeros(wanted.adv_hidden, rows, hidden_size),
             zeros(wanted.hidden, rows, hidden_size),
             # the first chunk writes it, the others add to it
-            torch.empty((columns, hidden_size), dtype=torch.float32, device=device) if wanted.weight else None,
+            torch.empty((columns, hidden_size), dtype=self.wide, device=device) if wanted.weight else None,
             zeros(wanted.bias, columns),
         )
         self._weight_written = False
@@ -175,9 +188,11 @@ class LinearDivergence:
         if self.row_weight is not None and self.options.masked_rows == "gather":
             kept = self.row_weight.nonzero().squeeze(1)  # its length is a number: on CUDA the host waits for it
             rows = kept.shape[0]
-        size = rows_in_chunk(rows, columns, self.options, self.hidden.device, self.dtype.itemsize)
+        most = columns if self.split is None else max(self.split.sizes)  # the same chunks on every rank
+        split = self.split is not None
+        size = rows_in_chunk(rows, most, self.options, self.hidden.device, self.dtype.itemsize, split)
         # uninitialised, and written by the first product
-        logits = torch.empty((2 * size, columns), dtype=torch.float32, device=self.hidden.device)
+        logits = torch.empty((2 * size, columns), dtype=self.wide, device=self.hidden.device)
         for begin in range(0, rows, size):
             chunk = slice(begin, min(begin + size, rows)) if kept is None else kept[begin : begin + size]
             count = chunk.stop - chunk.start if kept is None else chunk.shape[0]
@@ -221,11 +236,11 @@ class LinearDivergence:
         inv_temperature = options.inv_temperature * options.logit_scale
         if not self.wanted.any():
             gradients = None
-        elif self.dtype == torch.float32:
+        elif self.dtype == self.wide:
             gradients = logits if self.pairs else logits[count:]
         else:
             # the CPU's row kernel writes fp32
-            dtype = self.gradient_dtype if first.is_cuda else torch.float32
+            dtype = self.gradient_dtype if first.is_cuda else self.wide
             gradients = torch.empty(
                 (2 * count if self.pairs else count, first.shape[1]), dtype=dtype, device=first.device
             )
@@ -243,7 +258,7 @@ class LinearDivergence:
         sums = self.pairs and options.gradient == "full"
         if self.wanted.any():
             shape = (2 * count if sums else count, first.shape[1])
-            gradients = torch.empty(shape, dtype=torch.float32, device=first.device)
+            gradients = torch.empty(shape, dtype=self.wide, device=first.device)
         self._kernel(chunk, capped_difference, capped_clean, None, gradients, sums, True, options.inv_temperature)
         if gradients is None:
             return None
@@ -264,8 +279,8 @@ class LinearDivergence:
     ) -> None:
         """The loss of a chunk's rows into the result, and the gradients where there is room for them."""
         count, options = first.shape[0], self.options
-        none = first.new_empty(0, dtype=torch.float32 if gradients is None else gradients.dtype)
-        rows = torch.empty((1, count), dtype=torch.float32, device=first.device)
+        none = first.new_empty(0, dtype=self.wide if gradients is None else gradients.dtype)
+        rows = torch.empty((1, count), dtype=self.wide, device=first.device)
         self.kernel.divergence_rows(
             first.unsqueeze(0),
             clean.unsqueeze(0),
@@ -285,30 +300,27 @@ class LinearDivergence:
         self, chunk: slice | Tensor, gradients: Tensor, operands: Tensor, clean_hidden: Tensor, adv_hidden: Tensor
     ) -> None:
         count, result = gradients.shape[0] // 2, self.result
-        if self.wanted.adv_hidden or self.wanted.hidden:
-            through = wide_product(gradients, self.gradient_weight)
-            if self.wanted.adv_hidden:
-                result.adv_hidden[chunk] = through[count:]
-            if self.wanted.hidden:
-                result.hidden[chunk] = through[:count] - through[count:]
+        through = self._through(gradients) if self.wanted.adv_hidden or self.wanted.hidden else None
         if self.wanted.weight:
             if not self.differences:
                 # exact in fp32, rounded to the products' dtype once
                 operands[count:] = adv_hidden.float() - clean_hidden.float()
             self._add_to_weight(gradients, operands)
         if self.wanted.bias:
-            result.bias += gradients[:count].sum(0, dtype=torch.float32)
+            result.bias += gradients[:count].sum(0, dtype=self.wide)
+        if through is not None:
+            through = through()
+            if self.wanted.adv_hidden:
+                result.adv_hidden[chunk] = through[count:]
+            if self.wanted.hidden:
+                result.hidden[chunk] = through[:count] - through[count:]
 
     def _products_of_one_side(
         self, chunk: slice | Tensor, gradients: Tensor, operands: Tensor, adv_hidden: Tensor
     ) -> None:
         count, result = gradients.shape[0], self.result
-        if self.wanted.adv_hidden or (self.wanted.hidden and self.opposite):
-            through = wide_product(gradients, self.gradient_weight)
-            if self.wanted.adv_hidden:
-                result.adv_hidden[chunk] = through
-            if self.wanted.hidden and self.opposite:
-                result.hidden[chunk] = -through
+        to_hidden = self.wanted.hidden and self.opposite
+        through = self._through(gradients) if self.wanted.adv_hidden or to_hidden else None
         if self.wanted.weight:
             if not self.opposite:
                 operands[count:] = adv_hidden
@@ -316,7 +328,18 @@ class LinearDivergence:
                 operands[count:] = adv_hidden.float() - operands[:count].float()
             self._add_to_weight(gradients, operands[count:])
         if self.wanted.bias and not self.opposite:
-            result.bias += gradients.sum(0, dtype=torch.float32)
+            result.bias += gradients.sum(0, dtype=self.wide)
+        if through is not None:
+            through = through()
+            if self.wanted.adv_hidden:
+                result.adv_hidden[chunk] = through
+            if to_hidden:
+                result.hidden[chunk] = -through
+
+    def _through(self, gradients: Tensor) -> Callable[[], Tensor]:
+        """Product 2, over all classes: over the ranks it is summed from here on, and has been once it is called for."""
+        through = wide_product(gradients, self.gradient_weight)
+        return (lambda: through) if self.split is None else self.split.summed(through)
 
     def _add_to_weight(self, gradients: Tensor, operands: Tensor) -> None:
         operands = operands.to(self.gradient_dtype)

@@ -1,16 +1,23 @@
 """The arguments of the linear divergences: checked, under autocast, flat; and the weight of each row."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alum_kernels.backends.linear_chunks import LinearOptions
+from alum_kernels.backends.linear_chunks import LinearOptions, chunk_budget
+from alum_kernels.backends.vocabulary_group import VocabularySplit
 from alum_kernels.ops import checks
 from alum_kernels.ops.reductions import REDUCTIONS, mask_weight, reduce_rows, row_share
+from alum_kernels.ops.split_head import agreed_split, is_dtensor, local_head
 from alum_kernels.ops.symmetric_kl import GRADIENTS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LINEAR_DIVERGENCES = ("symmetric_kl", "kl")
 
@@ -20,12 +27,13 @@ class LinearCall(NamedTuple):
 
     adv_hidden: Tensor  # (N, H)
     hidden: Tensor  # (N, H)
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
+    weight: Tensor  # (V, H), or the slice of this rank
+    bias: Tensor | None  # (V,), likewise
     row_mask: Tensor | None  # (N,) weight of each row in the reduced loss, None for equal ones
     leading: torch.Size
     reduction: str
     options: LinearOptions
+    split: VocabularySplit | None  # how the classes lie on ranks, None where this one has them all
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         return self.adv_hidden, self.hidden, self.weight, self.bias
@@ -60,10 +68,15 @@ def linear_call(
     soft_cap: float | None,
     gather_rows: bool,
     chunk_bytes: int | None,
+    group: ProcessGroup | None,
 ) -> LinearCall:
     """Check the arguments of a linear divergence and make them ready."""
     checks.check_choice("divergence", divergence, LINEAR_DIVERGENCES)
-    _check_tensors(adv_hidden, hidden, weight, bias)
+    local = local_head([("adv_hidden", adv_hidden), ("hidden", hidden)], weight, bias, group)
+    (adv_hidden, hidden), weight, bias = local.hidden, local.weight, local.bias
+    _check_tensors(adv_hidden, hidden, weight, bias, split=local.group is not None)
+    if is_dtensor(mask):
+        raise TypeError("mask: expected a plain tensor, got a DTensor; mask.full_tensor() gives one")
     checks.check_mask(mask, hidden.shape[:-1], hidden.device)
     checks.check_choice("reduction", reduction, REDUCTIONS)
     checks.check_choice("gradient", gradient, GRADIENTS)
@@ -77,6 +90,13 @@ def linear_call(
     leading, size = hidden.shape[:-1], hidden.shape[-1]
     row_mask = mask_weight(mask, reduction, leading, hidden.dtype)
     masked = "none" if mask is None else "gather" if gather_rows else "keep"
+    options = LinearOptions(divergence, gradient, 1.0 / temperature, logit_scale, soft_cap, masked, chunk_bytes)
+    split = None
+    if local.group is not None:
+        # what decides how many chunks there are and what is summed over the ranks
+        differentiated = torch.is_grad_enabled() and (adv_hidden.requires_grad, hidden.requires_grad)
+        call = (options, reduction, hidden.dtype, chunk_budget(chunk_bytes, hidden.device), differentiated)
+        split = agreed_split(local, [("adv_hidden", adv_hidden), ("hidden", hidden), ("mask", mask)], call)
     return LinearCall(
         adv_hidden.reshape(-1, size),
         hidden.reshape(-1, size),
@@ -85,16 +105,22 @@ def linear_call(
         None if row_mask is None else row_mask.reshape(-1),
         leading,
         reduction,
-        LinearOptions(divergence, gradient, 1.0 / temperature, logit_scale, soft_cap, masked, chunk_bytes),
+        options,
+        split,
     )
 
 
-def check_head(hidden: Tensor, weight: Tensor, others: Sequence[tuple[str, Tensor]] = ()) -> None:
-    """A weight (V, H) for hidden states (..., H); it and ``others`` on their device and, without autocast, dtype."""
+def check_head(
+    hidden: Tensor, weight: Tensor, others: Sequence[tuple[str, Tensor]] = (), *, split: bool = False
+) -> None:
+    """A weight (V, H) for hidden states (..., H); it and ``others`` on their device and, without autocast, dtype.
+
+    With ``split`` it is a rank's part of a head and may have no class.
+    """
     checks.check_rank("weight", weight, 2, "(V, H)")
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}) as hidden, got {checks.shape_of(weight)}")
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
+    if (weight.shape[0] == 0 and not split) or weight.shape[1] == 0:
         raise ValueError(f"weight: expected at least one class and one feature, got shape {checks.shape_of(weight)}")
     for name, tensor in (("weight", weight), *others):
         if tensor.device != hidden.device:
@@ -106,7 +132,7 @@ def check_head(hidden: Tensor, weight: Tensor, others: Sequence[tuple[str, Tenso
             )
 
 
-def _check_tensors(adv_hidden: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_tensors(adv_hidden: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, split: bool) -> None:
     for name, tensor in (("adv_hidden", adv_hidden), ("hidden", hidden), ("weight", weight)):
         checks.check_floating(name, tensor)
     if adv_hidden.dim() < 2:
@@ -114,9 +140,9 @@ def _check_tensors(adv_hidden: Tensor, hidden: Tensor, weight: Tensor, bias: Ten
     free = autocast_enabled(adv_hidden.device)
     checks.check_like("hidden", hidden, "adv_hidden", adv_hidden, dtype=not free)
     if bias is None:
-        return check_head(hidden, weight)
+        return check_head(hidden, weight, split=split)
     checks.check_floating("bias", bias)
-    check_head(hidden, weight, [("bias", bias)])
+    check_head(hidden, weight, [("bias", bias)], split=split)
     if tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {checks.shape_of(bias)}")
 

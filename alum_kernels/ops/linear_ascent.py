@@ -3,13 +3,16 @@
 No gradient of the weight or of the clean side is formed, and the clean side's product may be kept over the steps.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from alum_kernels.backends.linear_chunks import chunk_budget, wide_product
 from alum_kernels.backends.reference import linear_symmetric_kl as reference
 from alum_kernels.ops import checks
-from alum_kernels.ops.dispatch import choose
 from alum_kernels.ops.linear_arguments import (
     as_autocast,
     check_chunk_bytes,
@@ -17,6 +20,11 @@ from alum_kernels.ops.linear_arguments import (
     linear_call,
     without_autocast,
 )
+from alum_kernels.ops.linear_symmetric_kl import rows_and_gradients, served
+from alum_kernels.ops.split_head import EAGER, as_given, is_split, local_head
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_products(hidden: Tensor, weight: Tensor, *, chunk_bytes: int | None = None) -> Tensor | None:
@@ -24,12 +32,14 @@ def linear_products(hidden: Tensor, weight: Tensor, *, chunk_bytes: int | None =
 
     Args:
         hidden: (..., H) clean hidden states.
-        weight: (V, H) of the head.
+        weight: (V, H) of the head; of one that is split over ranks, the slice of this one or a DTensor of all. The
+            ranks send each other nothing.
         chunk_bytes: what they may take; None as in :func:`linear_symmetric_kl`.
 
     Returns:
-        (N, V) fp32 (fp64 for fp64 inputs), for ``clean_products`` of :func:`linear_symmetric_kl_grad`, without a graph;
-        None where they take more than the budget, which that argument accepts as well.
+        (N, V), with the classes of this rank, fp32 (fp64 for fp64 inputs), for ``clean_products`` of
+        :func:`linear_symmetric_kl_grad`, without a graph; None where they take more than the budget, which that
+        argument accepts as well.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
@@ -42,8 +52,10 @@ def linear_products(hidden: Tensor, weight: Tensor, *, chunk_bytes: int | None =
     """
     checks.check_floating("hidden", hidden)
     checks.check_floating("weight", weight)
-    check_head(hidden, weight)
     check_chunk_bytes(chunk_bytes)
+    local = local_head([("hidden", hidden)], weight, None, None)
+    (hidden,), weight = local.hidden, local.weight
+    check_head(hidden, weight, split=local.group is not None)
     hidden, weight = as_autocast(hidden.detach(), weight.detach())
     hidden = hidden.reshape(-1, hidden.shape[-1])
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -70,13 +82,14 @@ def linear_symmetric_kl_grad(
     gather_rows: bool = True,
     chunk_bytes: int | None = None,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The divergence and its gradient to ``adv_hidden`` alone, as an ascent needs; no gradient of the weight is formed.
 
     Args:
         adv_hidden, hidden, weight, bias, mask, reduction, temperature, logit_scale, soft_cap, gather_rows: as in
             :func:`linear_symmetric_kl`. With ``reduction="none"`` the gradient is that of the sum.
-        chunk_bytes, backend: likewise.
+        chunk_bytes, backend, group: likewise.
         divergence: ``"symmetric_kl"`` or ``"kl"``.
         grad_scale: the gradient is multiplied by it in fp32 before it is rounded; a power of two keeps fp16 gradients
             out of the subnormals.
@@ -84,7 +97,8 @@ def linear_symmetric_kl_grad(
             ascent the clean side's product is then formed once. (The reference backend forms it anew.)
 
     Returns:
-        The loss, and d_adv_hidden (..., H) in the dtype of ``adv_hidden``. Neither carries a graph.
+        The loss, and d_adv_hidden (..., H) in the dtype of ``adv_hidden``, a DTensor where that is one. Neither carries
+        a graph.
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`linear_symmetric_kl`.
@@ -98,23 +112,39 @@ def linear_symmetric_kl_grad(
         >>> linear_symmetric_kl_grad(hidden + 1, hidden, weight)
         (tensor(0.2311), tensor([[0.4277]]))
     """
-    checks.check_magnitude("grad_scale", grad_scale)
-    call = linear_call(
+    compute = _ascent_over_ranks if is_split(weight, group) else _ascent
+    return compute(
         divergence,
         adv_hidden,
         hidden,
         weight,
         bias,
+        grad_scale=grad_scale,
+        clean_products=clean_products,
+        backend=backend,
         mask=mask,
         reduction=reduction,
-        gradient="detach_clean",
         temperature=temperature,
         logit_scale=logit_scale,
         soft_cap=soft_cap,
         gather_rows=gather_rows,
         chunk_bytes=chunk_bytes,
+        group=group,
     )
-    chosen = choose("linear_symmetric_kl", backend, call.hidden, divergence)
+
+
+def _ascent(
+    divergence: str,
+    adv_hidden: Tensor,
+    *operands: Tensor | None,
+    grad_scale: float,
+    clean_products: Tensor | None,
+    backend: str | None,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    checks.check_magnitude("grad_scale", grad_scale)
+    call = linear_call(divergence, adv_hidden, *operands, gradient="detach_clean", **arguments)
+    chosen = served(call, backend)
     if clean_products is not None:
         _check_products(clean_products, call.hidden, call.weight)
     inputs, row_weight = call.detached(), call.row_weight()
@@ -125,16 +155,15 @@ def linear_symmetric_kl_grad(
             (gradient,) = torch.autograd.grad((rows * row_weight).sum() * grad_scale, leaf)
         rows = rows.detach()
     else:
-        rows, gradient, *_ = torch.ops.alum_kernels.linear_symmetric_kl(
-            *inputs,
-            row_weight,
-            None if clean_products is None else clean_products.contiguous(),
-            *call.options,
-            [True, False, False, False],
-            chosen,
-        )
+        kept = None if clean_products is None else clean_products.contiguous()
+        only_adv = [True, False, False, False]
+        rows, gradient, *_ = rows_and_gradients(inputs, row_weight, kept, call.options, only_adv, chosen)
         gradient = gradient * grad_scale
-    return call.reduced(rows), gradient.to(adv_hidden.dtype).reshape(adv_hidden.shape)
+    gradient = gradient.to(adv_hidden.dtype).reshape(adv_hidden.shape)
+    return call.reduced(rows), as_given(gradient, adv_hidden)
+
+
+_ascent_over_ranks = torch.compiler.disable(_ascent, reason=f"linear_symmetric_kl_grad: {EAGER}")
 
 
 def _check_products(clean_products: Tensor, hidden: Tensor, weight: Tensor) -> None:

@@ -4,18 +4,30 @@ At most a chunk of logits is held at a time: rows go through three products and 
 ``alum_kernels/backends/linear_chunks.py`` describes. The forward forms the gradients; the backward scales them,
 out of place, by an upstream factor that the host never looks at. With ``reduction="none"`` the upstream factors of the
 rows are not known in the forward, and the backward goes through the chunks again.
+
+Where the vocabulary is split over ranks the same happens around ``alum_kernels/backends/split_vocabulary.py``: not in
+the registered op, whose schema holds no process group, so that the call runs eagerly.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from alum_kernels.backends.linear_chunks import LinearDivergence, LinearOptions, Wanted
 from alum_kernels.backends.reference import linear_symmetric_kl as reference
-from alum_kernels.ops.dispatch import LIBRARY, choose, implementation
-from alum_kernels.ops.linear_arguments import linear_call, without_autocast
+from alum_kernels.backends.split_vocabulary import SplitRows
+from alum_kernels.backends.vocabulary_group import VocabularySplit
+from alum_kernels.ops.dispatch import LIBRARY, BackendUnavailableError, choose, implementation
+from alum_kernels.ops.linear_arguments import LinearCall, linear_call, without_autocast
+from alum_kernels.ops.split_head import EAGER, is_split
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LIBRARY.define(
     "linear_symmetric_kl(Tensor adv_hidden, Tensor hidden, Tensor weight, Tensor? bias, Tensor? row_weight,"
@@ -45,13 +57,57 @@ def _linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = LinearOptions(divergence, gradient, inv_temperature, logit_scale, soft_cap, masked_rows, chunk_bytes)
     kernel = implementation("linear_symmetric_kl", backend)
+    return _in_chunks(kernel, adv_hidden, hidden, weight, bias, row_weight, clean_products, options, wanted)
+
+
+def _in_chunks(
+    kernel: ModuleType | SplitRows,
+    adv_hidden: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_weight: Tensor | None,
+    clean_products: Tensor | None,
+    options: LinearOptions,
+    wanted: Sequence[bool],
+    split: VocabularySplit | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad(), without_autocast(hidden.device):
         result = LinearDivergence(
-            kernel, adv_hidden, hidden, weight, bias, row_weight, clean_products, options, Wanted(*wanted)
+            kernel, adv_hidden, hidden, weight, bias, row_weight, clean_products, options, Wanted(*wanted), split=split
         ).run()
     none = torch.empty(0, dtype=torch.float32, device=hidden.device)
     sides = (result.adv_hidden, result.hidden, result.weight, result.bias)
     return result.rows, *(none.clone() if side is None else side for side in sides)
+
+
+def rows_and_gradients(
+    tensors: Sequence[Tensor | None],
+    row_weight: Tensor | None,
+    clean_products: Tensor | None,
+    options: LinearOptions,
+    wanted: Sequence[bool],
+    served_by: str | VocabularySplit,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses (N,) and the wanted gradients of adv_hidden, hidden, weight, bias: from a backend, or over the ranks."""
+    if isinstance(served_by, str):
+        return torch.ops.alum_kernels.linear_symmetric_kl(
+            *tensors, row_weight, clean_products, *options, wanted, served_by
+        )
+    kernel = SplitRows(served_by.gather, served_by.rank)
+    return _in_chunks(kernel, *tensors, row_weight, clean_products, options, wanted, served_by)
+
+
+def served(call: LinearCall, backend: str | None) -> str | VocabularySplit:
+    """The backend of a call, or the ranks that its classes are split over."""
+    if call.split is None:
+        return choose("linear_symmetric_kl", backend, call.hidden, call.options.divergence)
+    if backend is not None:
+        raise BackendUnavailableError(
+            f"backend={backend!r} cannot serve linear_symmetric_kl over a split vocabulary: "
+            "its rows are plain PyTorch on every device, and only backend=None takes them"
+        )
+    return call.split
 
 
 LIBRARY.impl("linear_symmetric_kl", _linear, "CompositeExplicitAutograd")
@@ -98,7 +154,7 @@ class _ScaleOnce(torch.autograd.Function):
     def backward(ctx, *grads):
         raise RuntimeError(
             "linear_symmetric_kl, linear_kl: second derivatives are not implemented by the fused kernels; "
-            "pass backend='reference', which has them"
+            "pass a whole weight and backend='reference', which has them"
         )
 
 
@@ -116,12 +172,11 @@ class _Reduced(torch.autograd.Function):
     """The sum of row_weight times the loss of each row, a scalar."""
 
     @staticmethod
-    def forward(ctx, adv_hidden, hidden, weight, bias, row_weight, options, backend):
+    def forward(ctx, adv_hidden, hidden, weight, bias, row_weight, options, served_by):
         ctx.wanted = _wanted(ctx, options.gradient)
-        rows, *gradients = torch.ops.alum_kernels.linear_symmetric_kl(
-            adv_hidden, hidden, weight, bias, row_weight, None, *options, ctx.wanted, backend
-        )
-        inputs = _chosen((adv_hidden, hidden, weight, bias), ctx.wanted)
+        tensors = adv_hidden, hidden, weight, bias
+        rows, *gradients = rows_and_gradients(tensors, row_weight, None, options, ctx.wanted, served_by)
+        inputs = _chosen(tensors, ctx.wanted)
         ctx.save_for_backward(*_chosen(gradients, ctx.wanted), *inputs)
         return (rows * row_weight).sum()
 
@@ -137,12 +192,11 @@ class _Rows(torch.autograd.Function):
     """The loss of each row, (N,)."""
 
     @staticmethod
-    def forward(ctx, adv_hidden, hidden, weight, bias, row_weight, options, backend):
-        rows, *_ = torch.ops.alum_kernels.linear_symmetric_kl(
-            adv_hidden, hidden, weight, bias, row_weight, None, *options, [False] * 4, backend
-        )
-        ctx.save_for_backward(adv_hidden, hidden, weight, bias, row_weight)
-        ctx.options, ctx.backend = options, backend
+    def forward(ctx, adv_hidden, hidden, weight, bias, row_weight, options, served_by):
+        tensors = adv_hidden, hidden, weight, bias
+        rows, *_ = rows_and_gradients(tensors, row_weight, None, options, [False] * 4, served_by)
+        ctx.save_for_backward(*tensors, row_weight)
+        ctx.options, ctx.served_by = options, served_by
         return rows
 
     @staticmethod
@@ -151,9 +205,7 @@ class _Rows(torch.autograd.Function):
         wanted = _wanted(ctx, ctx.options.gradient)
         if row_weight is not None:
             grad_rows = torch.where(row_weight != 0, grad_rows, 0)
-        _, *gradients = torch.ops.alum_kernels.linear_symmetric_kl(
-            *inputs, grad_rows, None, *ctx.options, wanted, ctx.backend
-        )
+        _, *gradients = rows_and_gradients(inputs, grad_rows, None, ctx.options, wanted, ctx.served_by)
         one = torch.ones_like(grad_rows.sum())
         scaled = iter(_ScaleOnce.apply(one, _chosen(gradients, wanted), *_chosen(inputs, wanted), grad_rows))
         return *(next(scaled) if want else None for want in wanted), None, None, None
@@ -166,11 +218,16 @@ def _divergence(
     weight: Tensor,
     bias: Tensor | None,
     *,
-    backend: str | None,
+    group: ProcessGroup | None,
     **arguments: Any,
 ) -> Tensor:
-    call = linear_call(divergence, adv_hidden, hidden, weight, bias, **arguments)
-    chosen = choose("linear_symmetric_kl", backend, call.hidden, divergence)
+    compute = _divergence_over_ranks if is_split(weight, group) else _divergence_of
+    return compute(divergence, adv_hidden, hidden, weight, bias, group=group, **arguments)
+
+
+def _divergence_of(*operands: Any, backend: str | None, **arguments: Any) -> Tensor:
+    call = linear_call(*operands, **arguments)
+    chosen = served(call, backend)
     if chosen == "reference":
         with without_autocast(call.hidden.device):
             return call.reduced(reference.rows(*call.tensors(), call.row_mask, call.options))
@@ -179,6 +236,9 @@ def _divergence(
     if call.reduction == "none":
         return _Rows.apply(*inputs, call.row_mask, call.options, chosen).reshape(call.leading)
     return _Reduced.apply(*inputs, call.row_weight(), call.options, chosen)
+
+
+_divergence_over_ranks = torch.compiler.disable(_divergence_of, reason=f"linear_symmetric_kl, linear_kl: {EAGER}")
 
 
 def linear_symmetric_kl(
@@ -196,6 +256,7 @@ def linear_symmetric_kl(
     gather_rows: bool = True,
     chunk_bytes: int | None = None,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """:func:`alum_kernels.symmetric_kl` of the logits that a linear head makes of two hidden states.
 
@@ -223,9 +284,16 @@ def linear_symmetric_kl(
             threads) give the same bits.
         backend: ``"reference"`` (which does hold the logits), ``"native"`` or ``"triton"``; None picks the fastest that
             can serve.
+        group: ranks that split the vocabulary: ``weight`` is then the slice (V_r, H) of this one, in rank order and of
+            any size, ``bias`` its (V_r,); hidden states and mask are the same on every rank, to the bit, or the call
+            raises. Every rank gets the whole loss and hidden gradients, and the gradients of its slice. A DTensor
+            weight with placement Shard(0), as ``parallelize_module`` makes it, needs no group and keeps its placement
+            in the gradient; bias likewise. Rows are then plain PyTorch (in fp64 too), and ``torch.compile`` leaves the
+            call out of its graph. The host waits once for the sizes of the slices, unless the hidden states are
+            DTensors as well.
 
     Returns:
-        fp32 (fp64 for fp64 inputs): a scalar, or (...) for ``reduction="none"``.
+        fp32 (fp64 for fp64 inputs): a scalar, or (...) for ``reduction="none"``. No DTensor.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
@@ -258,6 +326,7 @@ def linear_symmetric_kl(
         gather_rows=gather_rows,
         chunk_bytes=chunk_bytes,
         backend=backend,
+        group=group,
     )
 
 
@@ -276,6 +345,7 @@ def linear_kl(
     gather_rows: bool = True,
     chunk_bytes: int | None = None,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """:func:`alum_kernels.kl` of the logits of a linear head; arguments as :func:`linear_symmetric_kl`.
 
@@ -296,4 +366,5 @@ def linear_kl(
         gather_rows=gather_rows,
         chunk_bytes=chunk_bytes,
         backend=backend,
+        group=group,
     )

@@ -47,8 +47,11 @@ class RowStatistics(NamedTuple):
     mean_q: Tensor
 
 
-class _Terms(NamedTuple):
-    """(N, V) quantities of a pair of rows; ``dead`` marks classes that are -inf on both sides."""
+class Terms(NamedTuple):
+    """(N, V) quantities of a pair of rows; ``dead`` marks classes that are -inf on both sides.
+
+    ``l1`` and ``l2``, (N,), are a row's sums of e^(a - max a) and of e^(b - max b).
+    """
 
     p: Tensor
     q: Tensor
@@ -56,6 +59,8 @@ class _Terms(NamedTuple):
     u: Tensor
     difference: Tensor
     dead: Tensor
+    l1: Tensor
+    l2: Tensor
 
 
 def _two_sum_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +92,11 @@ def _series_or(u: Tensor, series: Tensor, closed: Tensor) -> Tensor:
     return torch.where(u.abs() < _SERIES, series, closed)
 
 
+def kl_terms(weight: Tensor, x: Tensor, change: Tensor) -> Tensor:
+    """weight g(x), given change = weight expm1(x): the terms of KL(q||p) for (q, u), of KL(p||q) for (p, -u)."""
+    return _series_or(x, weight * _g(x.clamp(-_SERIES, _SERIES)), change - weight * x)
+
+
 def _exp_sum(high: Tensor, low: Tensor) -> Tensor:
     """e^(high + low), with the rounding error of the sum made good (4e-6 at 64 in fp32)."""
     total = high + low
@@ -94,10 +104,10 @@ def _exp_sum(high: Tensor, low: Tensor) -> Tensor:
     return torch.exp(total) * (1 + ((high - (total - moved)) + (low - moved)))
 
 
-def _weight_of(logits: Tensor, largest: Tensor, dead: Tensor, inv_temperature: float) -> Tensor:
-    """e^(logits - largest) over the temperature, zero for dead classes."""
+def _weight_of(logits: Tensor, rest: Tensor | int, largest: Tensor, dead: Tensor, inv_temperature: float) -> Tensor:
+    """e^(logits + rest - largest) over the temperature, zero for dead classes."""
     high, low = _two_sum_difference(logits, largest)
-    high, low = torch.where(dead, 0, high), torch.where(dead, 0, low)
+    high, low = torch.where(dead, 0, high), torch.where(dead, 0, low + rest)
     return torch.where(dead, 0, _exp_sum(high * inv_temperature, low * inv_temperature))
 
 
@@ -106,16 +116,16 @@ def _fall(x: Tensor) -> Tensor:
     return torch.where(x > 0, -x, x)
 
 
-def _weights_below(larger: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def weights_below(larger: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """w1 = w2 e^d, w2 and w1 - w2 from the larger of the two, whatever the sign and size of d."""
     up, fall = d > 0, _fall(d)
     smaller, loss = larger * torch.exp(fall), larger * torch.expm1(fall)
     return torch.where(up, larger, smaller), torch.where(up, smaller, larger), torch.where(up, -loss, loss)
 
 
-def _analyse(
+def analyse(
     a: Tensor, b: Tensor, inv_temperature: float, divergence: str, difference: Tensor | None = None
-) -> tuple[RowStatistics, _Terms, Tensor]:
+) -> tuple[RowStatistics, Terms, Tensor]:
     """Statistics, terms and the loss of each row of two (N, V) tensors; ``difference`` is a - b where it is known."""
     invalid = ~(a < math.inf).all(-1) | ~(b < math.inf).all(-1) | (b == -math.inf).all(-1)
     separated = ((a == -math.inf) != (b == -math.inf)).any(-1) & ~invalid
@@ -125,35 +135,37 @@ def _analyse(
     a, b = torch.where(spoilt, lowest, a), torch.where(spoilt, lowest, b)
 
     # differences of logits, exactly; maxima and c are constants of the row, which the result does not depend on
-    if difference is None:
-        high, low = _two_sum_difference(a, b)
-    else:
-        high, low = torch.where(spoilt, 0, difference), torch.zeros_like(a)
+    high, low = _two_sum_difference(a, b)
+    a_low = torch.zeros_like(a)  # what b + difference lost when it was rounded to a
+    if difference is not None:
+        difference = torch.where(spoilt, 0, difference)
+        a_low = torch.where(spoilt, 0, (difference - high) - low)
+        high, low = difference, torch.zeros_like(a)
     top = b.argmax(-1, keepdim=True)
     c_high, c_low = high.gather(-1, top).detach(), low.gather(-1, top).detach()
     d = ((high - c_high) + (low - c_low)) * inv_temperature
     max_a, max_b = a.amax(-1, keepdim=True).detach(), b.amax(-1, keepdim=True).detach()
     c = (c_high + c_low).squeeze(-1)
-    gap = (max_a - a.gather(-1, top).detach()).squeeze(-1) * inv_temperature
-    weight_a = _weight_of(a, max_a, dead, inv_temperature)
-    weight_b = _weight_of(b, max_b, dead, inv_temperature)
+    gap = ((max_a - a.gather(-1, top).detach()) - a_low.gather(-1, top).detach()).squeeze(-1) * inv_temperature
+    weight_a = _weight_of(a, a_low, max_a, dead, inv_temperature)
+    weight_b = _weight_of(b, 0, max_b, dead, inv_temperature)
     l1, l2 = weight_a.sum(-1), weight_b.sum(-1)
 
     lift = torch.exp(gap.clamp(max=NARROW)).unsqueeze(-1)
-    change = _weights_below(torch.where(d > 0, weight_a * lift, weight_b), d)[2].sum(-1) / l2
+    change = weights_below(torch.where(d > 0, weight_a * lift, weight_b), d)[2].sum(-1) / l2
     near = (gap <= NARROW) & (change > -0.5)
     log_ratio = torch.where(near, torch.log1p(torch.where(near, change, 0)), gap + torch.log(l1 / l2))
     # far rows have d and Lambda in the hundreds where u is small: there u is taken from the largest logit of each side
-    far_u = ((a - max_a) - (b - max_b)) * inv_temperature - torch.log(l1 / l2).unsqueeze(-1)
+    far_u = (((a - max_a) - (b - max_b)) + a_low) * inv_temperature - torch.log(l1 / l2).unsqueeze(-1)
     u = torch.where(dead, 0, torch.where(near.unsqueeze(-1), d - log_ratio.unsqueeze(-1), far_u))
     larger = torch.where(u > 0, weight_a / l1.unsqueeze(-1), weight_b / l2.unsqueeze(-1))
-    p, q, difference = _weights_below(torch.where(dead, 0, larger), u)
+    p, q, difference = weights_below(torch.where(dead, 0, larger), u)
 
-    terms = _Terms(p, q, torch.where(dead, 0, d), u, difference, dead)
+    terms = Terms(p, q, torch.where(dead, 0, d), u, difference, dead, l1, l2)
     if divergence == "symmetric_kl":
         loss = (difference * u).sum(-1)
     elif divergence == "kl":
-        loss = _series_or(u, q * _g(u.clamp(-_SERIES, _SERIES)), difference - q * u).sum(-1)
+        loss = kl_terms(q, u, difference).sum(-1)
     elif divergence == "js":
         loss = sum(_divergences_from_middle(terms)) / 2
     else:
@@ -165,9 +177,9 @@ def _analyse(
     return RowStatistics(lse_b, c, log_ratio, (p * terms.d).sum(-1), (q * terms.d).sum(-1)), terms, loss
 
 
-def _divergences_from_middle(terms: _Terms) -> tuple[Tensor, Tensor]:
+def _divergences_from_middle(terms: Terms) -> tuple[Tensor, Tensor]:
     """KL(p||m) and KL(q||m) of each row, m = (p + q) / 2."""
-    p, q, _, u, difference, _ = terms
+    p, q, _, u, difference, *_ = terms
     of_p = _series_or(u, p * _h(torch.expm1(-u.clamp(min=-1)) / 2), -difference / 2 - p * _log_m_over(u))
     of_q = _series_or(u, q * _h(torch.expm1(u.clamp(max=1)) / 2), difference / 2 - q * _log_m_over(-u))
     return of_p.sum(-1), of_q.sum(-1)
@@ -232,7 +244,7 @@ def loss(
 
     ``difference``, a - b, may be given where it is known better than from two rounded logits.
     """
-    statistics, _, rows = _analyse(_widen(a), _widen(b), inv_temperature, divergence, difference)
+    statistics, _, rows = analyse(_widen(a), _widen(b), inv_temperature, divergence, difference)
     return rows if row_weight is None else torch.where(row_weight != 0, rows, 0), statistics
 
 
@@ -240,8 +252,8 @@ def gradient(
     a: Tensor, b: Tensor, grad_rows: Tensor, *, divergence: str, gradient: str, inv_temperature: float
 ) -> tuple[Tensor, Tensor | None]:
     """d loss / d a and d loss / d b, (N, V) each, times ``grad_rows`` (N,); rows of zero upstream are zero."""
-    statistics, terms, _ = _analyse(_widen(a), _widen(b), inv_temperature, divergence)
-    p, q, d, u, difference, dead = terms
+    statistics, terms, _ = analyse(_widen(a), _widen(b), inv_temperature, divergence)
+    p, q, d, u, difference, dead, *_ = terms
     if divergence == "js":
         da, db = _centred(p, _log_over_m(u, p)) / 2, _centred(q, _log_over_m(-u, q)) / 2
     elif divergence == "squared_hellinger":
@@ -255,13 +267,14 @@ def gradient(
     else:
         da = difference + p * (d - statistics.mean_p.unsqueeze(-1))
         db = -difference - q * (d - statistics.mean_q.unsqueeze(-1))
-    side_a = _finish(da, statistics, dead, grad_rows, inv_temperature).to(a.dtype)
+    side_a = settled(da, statistics, dead, grad_rows, inv_temperature).to(a.dtype)
     if gradient == "detach_clean":
         return side_a, None
-    return side_a, _finish(db, statistics, dead, grad_rows, inv_temperature).to(b.dtype)
+    return side_a, settled(db, statistics, dead, grad_rows, inv_temperature).to(b.dtype)
 
 
-def _finish(side: Tensor, statistics: RowStatistics, dead: Tensor, grad_rows: Tensor, inv_temperature: float) -> Tensor:
+def settled(side: Tensor, statistics: RowStatistics, dead: Tensor, grad_rows: Tensor, inv_temperature: float) -> Tensor:
+    """A gradient (N, V) times ``grad_rows``: NaN in undefined rows, zero for dead classes and rows of zero upstream."""
     undefined, upstream = torch.isnan(statistics.lse_b).unsqueeze(-1), grad_rows.unsqueeze(-1)
     side = torch.where(undefined, math.nan, torch.where(dead, 0, side)) * (upstream * inv_temperature)
     return torch.where(upstream != 0, side, 0)
@@ -274,11 +287,19 @@ def linear_gradient(
 
     The first is d/da; the second, d/da + d/db, is of second order in the difference and formed without cancellation.
     """
-    statistics, terms, rows = _analyse(b + difference, b, inv_temperature, divergence, difference)
-    p, q, d, u, change, dead = terms
+    statistics, terms, rows = analyse(b + difference, b, inv_temperature, divergence, difference)
+    sides = linear_sides(terms, statistics, rows, divergence=divergence, gradient=gradient)
+    return tuple(settled(side, statistics, terms.dead, grad_rows, inv_temperature) for side in sides)
+
+
+def linear_sides(
+    terms: Terms, statistics: RowStatistics, rows: Tensor, *, divergence: str, gradient: str
+) -> tuple[Tensor, Tensor]:
+    """The two gradients of :func:`linear_gradient` before upstream factor and edges, of terms and losses (N,)."""
+    p, q, d, u, change, *_ = terms
     mean_p, mean_q, row = (x.unsqueeze(-1) for x in (statistics.mean_p, statistics.mean_q, rows))
     if divergence == "kl":
-        da, total = change, _series_or(u, q * _g(u.clamp(-_SERIES, _SERIES)), change - q * u) - q * row
+        da, total = change, kl_terms(q, u, change) - q * row
     elif gradient == "detach_targets":
         da, total = change, torch.zeros_like(change)
     else:
@@ -286,4 +307,4 @@ def linear_gradient(
         total = torch.where(u > 0, change * (d - mean_p) - q * row, change * (d - mean_q) - p * row)
     if gradient == "detach_clean" or (divergence == "kl" and gradient == "detach_targets"):
         total = da
-    return tuple(_finish(side, statistics, dead, grad_rows, inv_temperature) for side in (da, total))
+    return da, total
