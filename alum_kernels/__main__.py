@@ -4,6 +4,7 @@ Without a command it is ``info``.
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ COMMANDS = {
 }
 """Modules of ``alum_kernels.commands``, of which only the one that is called is imported."""
 
-INTERRUPTED = 130
+INTERRUPTED, READER_LEFT = 130, 141
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -57,6 +58,9 @@ def main(given: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.status
+    except BrokenPipeError:  # of head, or of a pager that was closed: there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_LEFT
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED

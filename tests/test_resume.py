@@ -30,9 +30,7 @@ TIMES = ("seconds",)
 def sentences(tmp_path_factory) -> Path:
     """A file of forty examples of two classes, of unlike lengths."""
     path = tmp_path_factory.mktemp("text") / "train.tsv"
-    rows = [
-        f"{'good' if n % 2 else 'bad'}\tsentence number {n} {'is fine and nice ' * (n % 3)}\n" for n in range(40)
-    ]
+    rows = [f"{'good' if n % 2 else 'bad'}\tsentence number {n} {'is fine and nice ' * (n % 3)}\n" for n in range(40)]
     path.write_text("".join(rows))
     return path
 

@@ -32,7 +32,7 @@ def read_labelled(path: Path, *, text: tuple[str, ...] = (), label: str = "") ->
         else:
             first, *texts = line.split("\t")
             if len(texts) not in (1, 2):
-                raise CorpusError(f"{path}:{number}: expected 'label<TAB>text[<TAB>text]', got {1 + len(texts)} columns")
+                raise CorpusError(f"{path}:{number}: expected 'label<TAB>text[<TAB>text]', {1 + len(texts)} columns")
             found.texts.append(tuple(texts))
             found.labels.append(first)
         found.places.append(f"{path}:{number}")

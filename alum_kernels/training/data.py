@@ -68,7 +68,7 @@ def read_data(settings: Settings) -> RawData:
     from_hub = settings.dev is None and settings.train.startswith(HUB)
     dev = read(settings, settings.train, "dev") if from_hub else None
     if settings.dev is not None:
-        dev = read(settings, settings.dev, "dev")
+        dev = read_held_out(settings)
     fingerprints = {"train": _fingerprint(train), "dev": None if dev is None else _fingerprint(dev)}
     if settings.task not in LABELLED:
         return RawData(train, dev, (), fingerprints)
@@ -79,6 +79,16 @@ def read_data(settings: Settings) -> RawData:
             raise TrainingError(f"{settings.train}: expected at least two different labels, got {', '.join(classes)}")
     parts = [None if part is None else numbered(part, classes, settings.task) for part in (train, dev)]
     return RawData(*parts, classes, fingerprints)
+
+
+def read_held_out(settings: Settings) -> Labelled | list[str]:
+    """What ``settings.dev`` says, as it stands there.
+
+    Raises:
+        CorpusError: it cannot be read.
+    """
+    read = _read_labelled if settings.task in LABELLED else _read_paragraphs
+    return read(settings, settings.dev, "dev")
 
 
 def _read_labelled(settings: Settings, source: str, part: str) -> Labelled:

@@ -66,7 +66,7 @@ class Training:
         say: Callable[[str], None],
     ) -> None:
         self.settings, self._say, self._folder = settings, say, Path(settings.output)
-        self._device = _device(settings.device)
+        self._device = chosen_device(settings.device)
         source = settings.model or bundled_model() if checkpoint is None else str(checkpoint.folder)
         self._tokenizer = load_tokenizer(source)
         self._samples = samples_of(data.train, settings, self._tokenizer, held_out=False)
@@ -218,7 +218,7 @@ def _shown(entry: dict[str, Any]) -> dict[str, str]:
     return {"loss": f"{entry['loss']:.4f}", **gain}
 
 
-def _device(name: str | None) -> torch.device:
+def chosen_device(name: str | None) -> torch.device:
     """The device that is named, or the best there is.
 
     Raises:

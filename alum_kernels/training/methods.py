@@ -80,7 +80,7 @@ def check_resumable(config: AdversarialConfig | None, accumulation: int) -> None
         return
     if config.delta_lifetime > 1:
         raise MethodError(
-            f"delta_lifetime: expected 1, got {config.delta_lifetime}: perturbations that are kept are in no checkpoint, "
+            f"delta_lifetime: expected 1, got {config.delta_lifetime}: kept perturbations are in no checkpoint, "
             "and a resumed run would differ"
         )
     if config.backward == "replay" and accumulation > 1:

@@ -98,8 +98,8 @@ REQUIRED = ("train", "output")
 HOUSEKEEPING = ("output", "save_every", "keep")
 """Settings that a resumed run may change: they decide no loss."""
 
-PLACES = ("train", "dev", "model")
-"""Names of things that may lie elsewhere when a run is resumed: what is in them is compared, not how they are called."""
+PLACES = ("train", "dev")
+"""Files that may lie elsewhere when a run is resumed: what is in them is compared, not how they are called."""
 
 
 def options() -> list[dataclasses.Field]:
