@@ -1,4 +1,4 @@
-"""``python -m alum_kernels``: what it says of this machine, its commands, and what it says to requests that are wrong."""
+"""``python -m alum_kernels``: what it says of this machine, its commands, and what it says to wrong requests."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_a_plan_fits_its_device():
 def test_the_plan_without_a_native_module_says_why():
     code = (
         "import sys; sys.modules['alum_kernels._C'] = None; sys.argv = ['x', 'plan', '--vocab', '50265']\n"
-        "from alum_kernels import __main__ as m; m.main()"
+        "from alum_kernels import __main__ as m; sys.exit(m.main())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
@@ -141,7 +141,7 @@ def test_info_is_the_command_where_none_is_named(capsys):
 
 def test_an_unknown_command_and_an_unknown_option_are_named_with_the_nearest(capsys):
     assert command_line.main(["trian"]) == 2
-    assert "got 'trian'; the nearest is 'train'" in capsys.readouterr().err
+    assert "got 'trian'; the nearest is train" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         command_line.main(["train", "--learing-rate", "1"])
     assert ended.value.code == 2
