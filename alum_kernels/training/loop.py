@@ -21,7 +21,7 @@ from alum_kernels.training.errors import TrainingError
 from alum_kernels.training.journal import Journal
 from alum_kernels.training.learning_rate import linear_share
 from alum_kernels.training.methods import adversarial_objective
-from alum_kernels.training.models import bundled_model, load_model, load_tokenizer
+from alum_kernels.training.models import bundled_model, checkpoint_activations, load_model, load_tokenizer
 from alum_kernels.training.optimizer import adamw
 from alum_kernels.training.precision import Precision
 from alum_kernels.training.random_state import random_state, restore_random_state
@@ -82,7 +82,7 @@ class Training:
         torch.manual_seed(settings.seed)
         self._model = load_model(source, settings.task, self._tokenizer, data.classes).to(self._device).train()
         if settings.gradient_checkpointing:
-            self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(self._model)
         self._objective = adversarial_objective(self._model, config)
         self._precision = Precision(settings.precision, self._device)
         self._window = Window(self._device)

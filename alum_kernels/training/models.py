@@ -121,6 +121,15 @@ def aligned(model: nn.Module) -> nn.Module:
     return model
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let a model of transformers recompute activations in the backward pass instead of keeping them."""
+    how = {"use_reentrant": False}  # the other way has no gradient for embeddings alone
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(how)
+    else:
+        model.gradient_checkpointing_enable(how)
+
+
 def read_config(folder: Path) -> Mapping[str, Any]:
     """The configuration of a saved model.
 
