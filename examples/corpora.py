@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alum_kernels.corpora import CorpusError
+from alum_kernels.corpora.text import text_lines
 from alum_kernels.training.batches import LabelledText
 from alum_kernels.training.hub import hub_splits, text_columns
 
@@ -101,25 +102,6 @@ def tsv_classification(train: Path, dev: Path) -> Classification:
         for path in (train, dev)
     ]
     return Classification(train.stem, *parts, classes)
-
-
-def text_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 file as they are, without a byte-order mark and line ends; quotes mean nothing.
-
-    Raises:
-        CorpusError: the file cannot be read or is empty.
-    """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise CorpusError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    if lines[-1] == "":
-        lines.pop()
-    if not lines:
-        raise CorpusError(f"{path}: expected one example a line, the file is empty")
-    return [line.removesuffix("\r") for line in lines]
 
 
 def _read_tsv(path: Path) -> list[tuple[str, tuple[str, ...]]]:

@@ -28,6 +28,8 @@ try:
     from accelerate.utils import find_batch_size
     from transformers import Trainer
     from transformers.trainer_callback import TrainerState
+
+    from alum_kernels.integrations.finite_steps import FiniteSteps
 except ImportError as error:
     raise ImportError(
         "alum_kernels.integrations.transformers: expected transformers and accelerate to be installed; "
@@ -49,6 +51,9 @@ class AdversarialTrainer(Trainer):
     ``adv_ascent_gain`` and so on; with several processes they are those of each process's own share. Every optimizer
     step draws one seed, and each sample's noise is a function of that seed and its place in the step's batch: neither
     gradient accumulation nor the number of processes changes it. Checkpoints carry the state of the noise.
+
+    Optimizer steps whose loss or gradients are not finite are left out (:class:`alum_kernels.FiniteGuard`). The first
+    one warns, the log counts them as ``adv_skipped_steps``, and ten in a row stop the training with the reason.
 
     A language model with a linear head is trained without its logits (:class:`AdversarialObjective`): in training its
     outputs then have none, and its loss is computed beside the model. A loss outside the model (``compute_loss_func``,
@@ -115,6 +120,8 @@ class AdversarialTrainer(Trainer):
                 f"at each replay of a batch, got {self.args.gradient_accumulation_steps}"
             )
         self.objective = self.create_objective(self.model)
+        self.finite = FiniteSteps()
+        self.add_callback(self.finite)
         self._noise_seed: Tensor | None = None
         self._noise_step: tuple[TrainerState, int] | None = None
         self._noise_samples = 0
@@ -132,6 +139,14 @@ class AdversarialTrainer(Trainer):
             self.objective = self.create_objective(model)
             self._followed = None
         return model
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The parent's; then it is decided whether the gradients are finite, and the optimizer may have them."""
+        with self.objective.memory_advice(inputs):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.finite.decide(self.model, self.accelerator.scaler)
+        return loss
 
     def compute_loss(
         self,
@@ -197,6 +212,7 @@ class AdversarialTrainer(Trainer):
             update=self._update if self.adversarial.backward == "replay" else None,
             samples=samples.cpu() if self.adversarial.delta_lifetime > 1 and samples is not None else None,
         )
+        self.finite.guard.watch(result.figures(), batch)
         loss = of_step(result.loss)
         return (loss, result.outputs) if return_outputs else loss
 
@@ -227,8 +243,12 @@ class AdversarialTrainer(Trainer):
 
     def _update(self) -> None:
         """An optimizer step between two replays of a batch."""
+        self.finite.decide(self.model, self.accelerator.scaler)
         if self.args.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        else:
+            self.accelerator.unscale_gradients()  # a scaler cannot, once they are dropped
+        self.finite.drop(self.model)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -236,6 +256,8 @@ class AdversarialTrainer(Trainer):
         """The parent's, with the telemetry since the last training log."""
         if "loss" in logs:
             logs.update({f"adv_{name}": value for name, value in self.objective.telemetry.read().items()})
+            if self.finite.guard.skipped:
+                logs["adv_skipped_steps"] = self.finite.guard.skipped
         super().log(logs, *args, **kwargs)
 
     def _check_distribution(self) -> None:
@@ -276,7 +298,8 @@ class AdversarialTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.args.should_save:
-            torch.save(self.objective.state_dict(), os.path.join(output_dir, STATE_NAME))
+            state = {**self.objective.state_dict(), "finite": self.finite.guard.state_dict()}
+            torch.save(state, os.path.join(output_dir, STATE_NAME))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -284,7 +307,10 @@ class AdversarialTrainer(Trainer):
             return
         path = os.path.join(checkpoint, STATE_NAME)
         if os.path.isfile(path):
-            self.objective.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.objective.load_state_dict(state)
+            if "finite" in state:
+                self.finite.guard.load_state_dict(state["finite"])
         else:
             warnings.warn(f"{checkpoint}: no {STATE_NAME}, so the noise starts anew", stacklevel=2)
 

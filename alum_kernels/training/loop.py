@@ -87,7 +87,6 @@ class Training:
         self._precision = Precision(settings.precision, self._device)
         self._window = Window(self._device)
         self._restore(checkpoint)
-        self._stepper = Stepper(self._model, self._objective, self._optimizer, self._precision, settings.clip)
 
     @property
     def summary(self) -> str:
@@ -186,6 +185,7 @@ class Training:
             "optimizer": self._optimizer.state_dict(),
             "objective": None if objective is None else objective.state_dict(),
             "telemetry": None if objective is None else objective.telemetry.state_dict(),
+            "guard": self._stepper.guard.state_dict(),
             "window": self._window.state_dict(),
             "precision": self._precision.state_dict(),
             "random": random_state(),
@@ -198,8 +198,10 @@ class Training:
             objective.load_state_dict(state["objective"])  # a teacher is taken up by the one that follows, below
             objective.telemetry.load_state_dict(state["telemetry"], self._device)
         self._optimizer = adamw(self._model, objective, settings.learning_rate, settings.weight_decay)
+        self._stepper = Stepper(self._model, objective, self._optimizer, self._precision, settings.clip)
         self._step = 0
         if state is not None:
+            self._stepper.guard.load_state_dict(state["guard"])
             self._step = state["step"]
             self._optimizer.load_state_dict(state["optimizer"])
             self._window.load_state_dict(state["window"])

@@ -18,34 +18,37 @@ class Precision:
     Args:
         name: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         device: of the model.
+
+    Attributes:
+        scaler: of the loss; it does nothing but for fp16.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         self._dtype, self._device = _DTYPES.get(name), device
-        self._scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def autocast(self) -> AbstractContextManager[None]:
         """Around a forward pass."""
         return nullcontext() if self._dtype is None else torch.autocast(self._device.type, dtype=self._dtype)
 
     def backward(self, loss: Tensor) -> None:
-        self._scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradients as they are, before they are looked at; once an update."""
-        self._scaler.unscale_(optimizer)
+        self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer step; none where fp16 overflowed."""
-        self._scaler.step(optimizer)
+        self.scaler.step(optimizer)
 
     def end_of_update(self) -> None:
         """The scale of the next update: smaller after an overflow, larger after a long time without one."""
-        self._scaler.update()
+        self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._scaler.state_dict()
+        return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            self._scaler.load_state_dict(state)
+            self.scaler.load_state_dict(state)

@@ -43,6 +43,9 @@ class Stepper:
         optimizer: of its parameters.
         precision: of the passes.
         clip: largest norm of the gradient; 0 does not clip.
+
+    Attributes:
+        guard: leaves out steps that are not finite, and counts them.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class Stepper:
         clip: float,
     ) -> None:
         self._model, self._objective, self._optimizer, self._precision = model, objective, optimizer, precision
-        self._clip, self._guard = clip, FiniteGuard()
+        self._clip, self.guard = clip, FiniteGuard()
         self._device = next(model.parameters()).device
 
     def step(self, batches: Sequence[Batch]) -> StepFigures:
@@ -73,6 +76,7 @@ class Stepper:
                 whole, task = self._passes(placed, share, seed, place)
                 loss, task_loss = loss + whole.float() * share, task_loss + task.float() * share
             place += len(batch["labels"])
+        self.guard.watch({"loss": loss})
         return StepFigures(loss, task_loss, updated=self._update())
 
     def _passes(self, batch: Batch, share: float, seed: Tensor | None, place: int) -> tuple[Tensor, Tensor]:
@@ -97,10 +101,10 @@ class Stepper:
     def _update(self) -> bool:
         """Change the parameters by their gradients, which are gone afterwards; False where they were not finite."""
         self._precision.unscale(self._optimizer)
-        allowed = self._guard.allows(self._model)
+        allowed = self.guard.allows(self._model, scaler=self._precision.scaler)  # else there are no gradients left
+        if allowed and self._clip:
+            nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
         if allowed:
-            if self._clip:
-                nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
             self._precision.step(self._optimizer)
         self._precision.end_of_update()
         self._optimizer.zero_grad(set_to_none=True)
