@@ -117,13 +117,16 @@ def assert_same_folder(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def test_a_run_that_is_killed_while_it_writes(sentences, small_model, tmp_path, monkeypatch):
-    """At each file that is brought to the disk: what is there then is the last whole checkpoint, and it goes on."""
-    whole = tmp_path / "whole"
-    options = {"method": "alum_finetuning", "steps": 4}
+@pytest.mark.parametrize("apart", [pytest.param(6, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_while_it_writes(apart, sentences, small_model, tmp_path, monkeypatch):
+    """Where a file is brought to the disk: what is there then is the last whole checkpoint, and the run goes on."""
+    whole, sync = tmp_path / "whole", atomic.sync
+    options = {"method": "alum_finetuning", "steps": 4, "accumulation": 1}
+    synced = []
+    monkeypatch.setattr(atomic, "sync", lambda path: synced.append(path) or sync(path))
     assert command_line.main(words(sentences, small_model, whole, **options)) == 0
-    sync, cuts = atomic.sync, 0
-    for survived in range(100):
+    assert len(synced) > 30  # settings, record and log; two checkpoints of seven files; the model
+    for survived in range(0, len(synced), apart):
         folder, left = tmp_path / f"cut-{survived}", iter(range(survived))
 
         def cut(path, left=left):
@@ -132,21 +135,15 @@ def test_a_run_that_is_killed_while_it_writes(sentences, small_model, tmp_path, 
             sync(path)
 
         monkeypatch.setattr(atomic, "sync", cut)
-        try:
-            command_line.main(words(sentences, small_model, folder, **options))
-        except Killed:
-            cuts += 1
-            monkeypatch.setattr(atomic, "sync", sync)
-            if survived % 3 == 0:  # goes on from here as from any other place; each takes its time
-                assert command_line.main([*words(sentences, small_model, folder, **options), "--resume"]) == 0
-                assert entries(folder) == entries(whole)
-                assert not list(folder.glob(f"{atomic.PARTIAL}*"))
-            else:
-                assert all((path / MANIFEST).is_file() for path in folder.glob("checkpoint-*"))
-            continue
-        break
-    # settings, record and log; two checkpoints of seven files; the model
-    assert cuts > 30
+        given = words(sentences, small_model, folder, **options)
+        with pytest.raises(Killed):
+            command_line.main(given)
+        assert all((path / MANIFEST).is_file() for path in folder.glob("checkpoint-*"))
+        monkeypatch.setattr(atomic, "sync", sync)
+        assert command_line.main([*given, "--resume"]) == 0
+        assert entries(folder) == entries(whole)
+        assert_same_folder(folder / "model", whole / "model")
+        assert not list(folder.glob(f"{atomic.PARTIAL}*"))
 
 
 def damage(file: Path, how: str) -> None:

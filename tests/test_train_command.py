@@ -392,7 +392,7 @@ def test_the_bundled_model_is_the_default(monkeypatch, sentences, tmp_path, caps
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{model}", "--data=absent.tsv"], "absent.tsv: No such file"),
+        (["{model}", "--data=absent.txt"], "absent.txt: "),
         (["{folder}", "--data={data}"], "model: expected a folder with a config.json, got {folder}"),
         (["{folder}/absent", "--data={data}"], "absent"),
         (["{model}", "--data={data}", "--epsilon=0"], "--epsilon: expected more than 0, got 0.0"),
