@@ -6,7 +6,6 @@ FOLDER, and its losses are those of one that was not (on a CPU bit for bit).
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -142,7 +141,7 @@ def _finish(training: Any, folder: Path, dev: dict[str, float] | None) -> None:
     from alum_kernels.training import atomic
 
     model = training.write_model()
-    results = {"steps": training.total, "dev": dev, "settings": dataclasses.replace(training.settings).to_dict()}
+    results = {"steps": training.total, "dev": dev, "settings": training.settings.to_dict()}
     atomic.write_text(folder / run_folder.RESULTS, json.dumps(results, indent=1) + "\n")
     for name, value in (dev or {}).items():
         print(f"dev {name:12}{value:.4f}")

@@ -8,7 +8,6 @@ model/            the trained model, at the end
 results.json      its figures, at the end
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import shutil
@@ -44,10 +43,10 @@ def prepare(folder: Path, *, resume: bool, overwrite: bool) -> None:
         atomic.remove_partial(folder)
         if overwrite:
             _remove_run(folder)
-        if any(folder.iterdir()) and not (resume and begun(folder)):
+        found = sorted(path.name for path in folder.iterdir() if path.name != RECORD)  # alone, it is of no run yet
+        if found and not (resume and begun(folder)):
             raise TrainingError(
-                f"output: expected an empty folder, got {folder} with "
-                f"{', '.join(sorted(path.name for path in folder.iterdir())[:4])} in it; "
+                f"output: expected an empty folder, got {folder} with {', '.join(found[:4])} in it; "
                 "--resume goes on with a run, --overwrite removes it"
             )
     except OSError as error:
@@ -95,9 +94,8 @@ def record_of(config: AdversarialConfig | None, fingerprints: Mapping[str, str |
 
 def write_begin(folder: Path, settings: Settings, record: Mapping[str, Any]) -> None:
     """From here on the run can be gone on with."""
-    plain = json.loads(json.dumps(dataclasses.replace(settings).to_dict()))
     atomic.write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
-    atomic.write_text(folder / SETTINGS, json.dumps(plain, indent=1) + "\n")
+    atomic.write_text(folder / SETTINGS, json.dumps(settings.to_dict(), indent=1) + "\n")
 
 
 def check_record(folder: Path, settings: Settings, record: Mapping[str, Any]) -> str | None:
