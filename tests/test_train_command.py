@@ -146,6 +146,15 @@ def test_a_run_without_finite_gradients_ends(sentences, tiny_model, tmp_path, ca
     assert "the last checkpoint is from before that" in error
 
 
+def test_refused_memory_is_one_line(sentences, tiny_model, tmp_path, capsys, monkeypatch):
+    def refuse(self, batches):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+
+    monkeypatch.setattr(Stepper, "step", refuse)
+    error = refused(capsys, train(sentences, tiny_model, tmp_path / "run"), expected=1)
+    assert "CUDA out of memory. Tried to allocate 9 GiB" in error
+
+
 # settings
 
 

@@ -47,8 +47,9 @@ def _text(value: Any) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train; the exit code is 0, or 130 or 143 after a signal."""
+    """Train; the exit code is 0, 1 where the training failed on its way, or 130 or 143 after a signal."""
     from alum_kernels.adversarial.finite import NonFiniteError
+    from alum_kernels.adversarial.out_of_memory import refused_memory
     from alum_kernels.corpora import CorpusError
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -60,6 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
         return _train(arguments)
     except NonFiniteError as error:
         raise CommandError(f"{error}; the last checkpoint is from before that", status=1) from error
+    except (RuntimeError, MemoryError) as error:
+        if not refused_memory(error):
+            raise
+        raise CommandError(str(error), status=1) from error
     except (TrainingError, CorpusError) as error:
         raise CommandError(str(error)) from error
 
