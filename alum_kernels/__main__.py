@@ -1,142 +1,75 @@
-"""``python -m alum_kernels``: what is installed, which backend serves which op here, and why the others do not.
+"""``alum-kernels`` or ``python -m alum_kernels``: what is installed, training, evaluation and benchmarks.
 
-``python -m alum_kernels plan --vocab 50265`` tells how rows of a vocabulary are laid out on a GPU.
+Without a command it is ``info``.
 """
 
-import argparse
-import importlib.metadata
-import json
-import platform
+import importlib
+import os
 import sys
-from typing import Any
+from collections.abc import Sequence
 
-import torch
+from alum_kernels.commands.errors import CommandError
+from alum_kernels.commands.invocation import program
+from alum_kernels.commands.parser import OneLineParser, nearest
 
-import alum_kernels
-from alum_kernels import plan
-from alum_kernels.backends import native
-from alum_kernels.backends import triton as triton_backend
-from alum_kernels.ops.dispatch import BACKENDS, choose, unavailable
+COMMANDS = {
+    "info": "what is installed, and which backend serves which op here",
+    "plan": "how rows of a vocabulary are laid out on a GPU",
+    "train": "fine-tune a model or go on with its pre-training, with or without an adversary",
+    "evaluate": "what a trained model gets right, and what it withstands",
+    "bench": "run a benchmark",
+    "report": "make a page of benchmarks' results",
+}
+"""Modules of ``alum_kernels.commands``, of which only the one that is called is imported."""
 
-OPS = (
-    ("noise_init", "noise_init", None),
-    ("projected_ascent", "projected_ascent", None),
-    ("symmetric_kl", "symmetric_kl", None),
-    ("symmetric_kl_grad", "symmetric_kl", None),
-    ("kl", "symmetric_kl", "kl"),
-    ("js", "symmetric_kl", "js"),
-    ("squared_hellinger", "symmetric_kl", "squared_hellinger"),
-    ("linear_symmetric_kl", "linear_symmetric_kl", None),
-    ("linear_kl", "linear_symmetric_kl", "kl"),
-)
-"""Public function, the op behind it, and its divergence."""
-
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets")
+INTERRUPTED, READER_LEFT = 130, 141
 
 
-def version_of(package: str) -> str:
-    """The installed version, or ``not installed``."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def main(given: Sequence[str] | None = None) -> int:
+    """Run a command.
 
+    Args:
+        given: its name and arguments; None takes those of the process.
 
-def devices() -> list[torch.device]:
-    """The CPU and every CUDA device."""
-    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
-
-
-def describe(device: torch.device) -> str:
-    if device.type == "cpu":
-        module, _ = native.load()
-        capability = f", kernels for {module.build_info()['cpu_capability']}" if module else ""
-        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads{capability}"
-    properties = torch.cuda.get_device_properties(device)
-    return (
-        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-        f"{properties.total_memory / 2**30:.0f} GiB"
-    )
-
-
-def service(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, str]]:
-    """For each public function, what each backend says there: ``default``, ``yes`` or the reason why not."""
-    rows: dict[str, dict[str, str]] = {}
-    probe = torch.empty(0, dtype=dtype, device=device)
-    for function, op, divergence in OPS:
-        default = choose(op, None, probe, divergence)
-        rows[function] = {
-            backend: "default" if backend == default else unavailable(op, backend, device, dtype, divergence) or "yes"
-            for backend in BACKENDS
-        }
-    return rows
-
-
-def report() -> dict[str, Any]:
-    """Everything that is printed, as plain data."""
-    module, reason = native.load()
-    return {
-        "alum_kernels": alum_kernels.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {package: version_of(package) for package in PACKAGES},
-        "torch_cuda": torch.version.cuda,
-        "native": module.build_info() if module else reason,
-        "triton": "interpreter" if triton_backend.interpreted() else "compiled",
-        "devices": {str(device): {"is": describe(device), "ops": service(device)} for device in devices()},
-    }
-
-
-def lines(facts: dict[str, Any]) -> list[str]:
-    """The report as text."""
-    built = facts["native"]
-    out = [
-        f"alum_kernels {facts['alum_kernels']}, Python {facts['python']}, {facts['platform']}",
-        "packages      " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
-        f"torch CUDA    {facts['torch_cuda'] or 'none (CPU build)'}",
-    ]
-    if isinstance(built, str):
-        out.append(f"native module {built}")
-    else:
-        cuda = (
-            f"{built['cuda_compiler']} for {', '.join(built['cuda_architectures'])}"
-            if built["cuda_architectures"]
-            else "without CUDA"
-        )
-        out.append(f"native module {built['compiler']}, {cuda}, built with torch {built['torch_built_with']}")
-    out.append(f"triton        {facts['triton']}")
-    for name, device in facts["devices"].items():
-        out += ["", f"{name}: {device['is']}", f"  {'':20}" + "".join(f"{backend:12}" for backend in BACKENDS)]
-        reasons: dict[str, str] = {}
-        for function, served in device["ops"].items():
-            cells = []
-            for backend, answer in served.items():
-                if answer in ("default", "yes"):
-                    cells.append(answer)
-                else:
-                    mark = reasons.setdefault(f"{backend}: {answer}", f"no ({len(reasons) + 1})")
-                    cells.append(mark)
-            out.append(f"  {function:20}" + "".join(f"{cell:12}" for cell in cells))
-        out += [f"  ({number}) {reason}" for number, reason in enumerate(reasons, 1)]
-    return out
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m alum_kernels", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
-    commands = parser.add_subparsers(dest="command", title="commands")
-    plan.add_arguments(commands.add_parser("plan", help="how rows of a vocabulary are laid out on a GPU"))
-    arguments = parser.parse_args()
-    if arguments.command == "plan":
-        try:
-            text = plan.lines(arguments.vocab, arguments.dtype, arguments.rows, arguments.device_capability)
-        except RuntimeError as error:
-            parser.exit(1, f"{parser.prog} plan: {error}\n")
-        print("\n".join(text))
+    Returns:
+        The exit code: 0, 2 where the request was at fault, 130 where it was interrupted.
+    """
+    words = list(sys.argv[1:] if given is None else given)
+    if words[:1] in (["-h"], ["--help"]):
+        print(_overview())
         return 0
-    facts = report()
-    print(json.dumps(facts, indent=2) if arguments.json else "\n".join(lines(facts)))
-    return 0
+    if words and not words[0].startswith("-"):
+        name, *words = words
+    else:
+        name = "info"
+    if name not in COMMANDS:
+        print(
+            f"{program()}: expected a command of {', '.join(COMMANDS)}, got {name!r}; "
+            f"the nearest is {nearest(name, COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    command = importlib.import_module(f"alum_kernels.commands.{name}")
+    parser = OneLineParser(prog=f"{program()} {name}", description=command.__doc__)
+    command.add_arguments(parser)
+    arguments = parser.parse_args(words)
+    try:
+        return command.run(arguments)
+    except CommandError as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.status
+    except BrokenPipeError:  # of head, or of a pager that was closed: there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_LEFT
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join([f"usage: {program()} [command] [options]", "", __doc__, "commands:", *lines])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ import torch
 
 from alum_kernels.corpora import CorpusError
 from alum_kernels.evaluation.quartiles import Quartiles
+from alum_kernels.training.errors import TrainingError
+from alum_kernels.training.models import bundled_model
 from benchmarks.machine import describe, facts, result_path
 from benchmarks.quality_plot import draw
 from benchmarks.quality_results import (
@@ -40,10 +42,9 @@ from benchmarks.quality_results import (
 )
 from benchmarks.quality_task import TaskBench
 from benchmarks.table import Table, ratio
-from examples.fine_tuning import Start, bundled_model
+from examples.fine_tuning import Start
 from examples.glue_tasks import TASKS
 from examples.methods import chosen_methods
-from examples.training import MethodError
 
 METHODS = "standard,r3f,alum_finetuning,alum_linf,alum_sign,smart_proximal,freelb"
 SMALL = {"tasks": "sst2", "seeds": 3, "steps": 40, "epochs": None, "length": 40, "attack_examples": 96, "rounds": 7}
@@ -259,7 +260,7 @@ def main(given: list[str] | None = None) -> int:
             print_tables(results)
             print(f"written: {path}, {draw(results, path.with_suffix('.svg'))}")
         return INTERRUPTED if interrupted else 0
-    except (CorpusError, MethodError, ResumeError) as error:
+    except (CorpusError, TrainingError, ResumeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -11,27 +11,14 @@ from pathlib import Path
 
 from alum_kernels.corpora import CorpusError
 from alum_kernels.corpora.text import text_lines
+from alum_kernels.training.batches import LabelledText
+from alum_kernels.training.hub import hub_splits, text_columns
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
 """Packages of the standard library with enough docstrings to tell them apart by."""
 
 MIN_WORDS = 5
 DEV_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class LabelledText:
-    """Sentences, or pairs of them, with class indices, or with scores where the task is a regression."""
-
-    texts: list[tuple[str, ...]]
-    labels: list[int] | list[float]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def lengths(self) -> list[int]:
-        """Characters of each example, which tell roughly how many tokens it has."""
-        return [sum(map(len, texts)) for texts in self.texts]
 
 
 @dataclass(frozen=True)
@@ -141,7 +128,7 @@ def hub_classification(name: str) -> Classification:
     """
     train, dev = hub_splits(name)
     features = train.features
-    texts = [column for column, feature in features.items() if getattr(feature, "dtype", "") == "string"][:2]
+    texts = text_columns(train)[:2]
     if "label" not in features or not texts:
         raise CorpusError(f"data set {name}: expected a column label and one of strings, got {', '.join(features)}")
     classes = getattr(features["label"], "names", None) or sorted(set(train["label"]))
@@ -154,24 +141,3 @@ def hub_classification(name: str) -> Classification:
         )
 
     return Classification(name, part(train), part(dev), tuple(map(str, classes)))
-
-
-def hub_splits(name: str) -> tuple:
-    """The training and the development split of a data set of the Hub, ``name`` or ``name:configuration``.
-
-    Raises:
-        CorpusError: the package ``datasets`` is missing, the data set cannot be had, or it has no such splits.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise CorpusError("a Hub data set needs the package datasets: pip install 'alum-kernels[hub]'") from error
-    repository, _, configuration = name.partition(":")
-    try:
-        loaded = datasets.load_dataset(repository, configuration or None)
-    except Exception as error:
-        raise CorpusError(f"data set {name}: {error}") from error
-    dev_name = next((split for split in ("validation", "dev", "test") if split in loaded), None)
-    if "train" not in loaded or dev_name is None:
-        raise CorpusError(f"data set {name}: expected splits train and validation or test, got {', '.join(loaded)}")
-    return loaded["train"], loaded[dev_name]

@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 import alum_kernels
 from alum_kernels import AdversarialConfig
 from alum_kernels.evaluation import accuracy_under_attack, largest_loss_increase, local_smoothness
+from alum_kernels.training.errors import TrainingError
+from alum_kernels.training.models import bundled_model
 from examples import corpora, report, training
-from examples.fine_tuning import bundled_model
 from examples.methods import METHODS, chosen_methods, method_config
 
 ATTACK_RADIUS = 5e-3
@@ -167,8 +168,8 @@ def main() -> int:
     torch.manual_seed(chosen.seed)
     runs: list[training.Run] = []
     interrupted = False
-    source = chosen.model or bundled_model()
     try:
+        source = chosen.model or bundled_model()
         task = labelled_task(chosen)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         own = chosen.train is not None or chosen.dataset is not None
@@ -181,7 +182,7 @@ def main() -> int:
             if chosen.pretraining_steps:
                 source = pre_train(chosen, tokenizer, paragraphs, source, runs, folder)
             fine_tune(chosen, tokenizer, task, source, runs)
-    except (corpora.CorpusError, training.MethodError) as error:
+    except (corpora.CorpusError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

