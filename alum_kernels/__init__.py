@@ -1,6 +1,7 @@
 """Fused kernels and a thin training wrapper for adversarial training of transformer language models."""
 
 from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.noise_place import NoisePlace
 from alum_kernels.adversarial.objectives import AdversarialObjective
 from alum_kernels.adversarial.output import AdversarialOutput
 from alum_kernels.ops.dispatch import BackendUnavailableError
@@ -18,6 +19,7 @@ __all__ = [
     "AdversarialObjective",
     "AdversarialOutput",
     "BackendUnavailableError",
+    "NoisePlace",
     "js",
     "kl",
     "linear_kl",

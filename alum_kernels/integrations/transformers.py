@@ -32,6 +32,7 @@ try:
     from accelerate.utils import find_batch_size
     from transformers import Trainer, TrainerCallback
 
+    from alum_kernels.integrations.accelerate import other_distribution
     from alum_kernels.integrations.sft_loss import SupervisedFineTuningLoss
     from alum_kernels.integrations.trainer_losses import OwnLoss, ParentLoss, name_of
 except ImportError as error:
@@ -269,8 +270,8 @@ class AdversarialTrainerMixin:
                 "under DataParallel, whose replicas carry no hooks; start one process a GPU with torchrun, "
                 "or set CUDA_VISIBLE_DEVICES"
             )
-        kind = str(self.accelerator.distributed_type.value)
-        if kind != "NO" and not kind.startswith("MULTI_"):
+        kind = other_distribution(self.accelerator)
+        if kind is not None:
             raise ValueError(f"args: expected a single process or DistributedDataParallel, got {kind}")
         for name in ("tp", "cp", "sp"):
             size = getattr(self, f"get_{name}_size", lambda: 1)()
