@@ -23,16 +23,20 @@ NEEDS = {
 }
 
 
-def begin_of(name: str, module) -> torch.nn.Module:
-    """The model that an example starts from."""
-    return module.small_llama(30522) if name == "sft_trainer" else docstrings.start().model
+@pytest.fixture(scope="module")
+def read_once():
+    """The task, read from the standard library once, with short samples; and the model that examples start from."""
+    task = docstrings.docstring_classification()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(docstrings, "LENGTH", 16)
+        patch.setattr(docstrings, "docstring_classification", lambda: task)
+        yield docstrings.start().model
 
 
 @pytest.mark.parametrize("name", NEEDS)
-def test_an_example_trains_with_an_adversary(name, monkeypatch, capsys):
+def test_an_example_trains_with_an_adversary(name, read_once, capsys):
     for package in NEEDS[name]:
         pytest.importorskip(package)
-    monkeypatch.setattr(docstrings, "LENGTH", 16)
     module = importlib.import_module(f"examples.{name}")
     model, history = module.main(["--steps", "2"])
     assert len(history) == 2
@@ -41,10 +45,9 @@ def test_an_example_trains_with_an_adversary(name, monkeypatch, capsys):
         assert 0 < entry["loss"] < 11
         gain = entry["ascent_gain"] if "ascent_gain" in entry else entry["adv_ascent_gain"]
         assert 1.2 < gain < math.inf
-    moved = [
-        not torch.equal(own.detach().cpu(), before)
-        for own, before in zip(model.parameters(), begin_of(name, module).parameters(), strict=True)
-    ]
+    begin = module.small_llama(30522) if name == "sft_trainer" else read_once
+    pairs = zip(model.parameters(), begin.parameters(), strict=True)
+    moved = [not torch.equal(own.detach().cpu(), before) for own, before in pairs]
     assert sum(moved) > 0.9 * len(moved)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     printed = capsys.readouterr().out
