@@ -4,6 +4,7 @@ import pytest
 import tiny_models
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from tiny_loops import assert_same, plain_gradients, rows_of
 from tiny_trainer import MOVED, ON_THE_WAY
@@ -16,6 +17,13 @@ from alum_kernels.integrations.accelerate import AcceleratedObjective
 BATCHES = [tiny_models.classification_batch(8, seed=seed) for seed in range(3)]
 TAUGHT = MOVED.replace(proximal=2.0, proximal_momentum=0.5)
 LATER = ON_THE_WAY.replace(std=0.0, start=0.5)  # without noise: a plain loop draws no seed before the start
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """An iteration that an exception ended earlier would be the present one: Accelerate keeps its state by process."""
+    GradientState._reset_state()
+    AcceleratorState._reset_state(True)
 
 
 def accelerated(model: nn.Module, config: AdversarialConfig, accumulation: int):

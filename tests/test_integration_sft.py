@@ -85,6 +85,7 @@ def test_micro_batches_leave_the_gradients_of_the_plain_loop(config, tokenizer, 
         # TRL's own forward scores in fp32
         torch.testing.assert_close(gradients[0], gradient, rtol=1e-4, atol=1e-6)
         logged = trainer.state.log_history[0]
+        assert logged["num_tokens"] == BATCH["attention_mask"].sum().item()
         assert logged["loss"] == pytest.approx(loss, rel=1e-4)
         if size == 8:
             found = {name[4:]: value for name, value in logged.items() if name.startswith("adv_")}

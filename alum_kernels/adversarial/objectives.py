@@ -55,7 +55,8 @@ class AdversarialObjective:
     :meth:`set_progress`.
 
     Raises:
-        ValueError: no head or no input embeddings are recognised, or a fused head was demanded and cannot be.
+        ValueError: no head or no input embeddings are recognised, a fused head was demanded and cannot be, or the model
+            is in ``DataParallel``.
 
     Example:
         >>> import torch

@@ -3,7 +3,8 @@
 Its models get a forward that multiplies the last hidden state by the output embeddings' weight in chunks, without a
 call of that module, and returns each token's log-probability, entropy and whether it was the likeliest. So the loss
 (``nll`` or ``dft``, the experts' balance included) and the logged token accuracy, entropy and token counts are its own;
-the divergence is computed from the same hidden state, without logits too.
+the divergence is computed from the same hidden state, without logits too. Where several passes of a step compute the
+task's loss, its tokens count once, and accuracy and entropy are means over these passes.
 
 Source: trl 1.16, ``compute_loss`` in ``trl/trainer/sft_trainer.py``, ``add_fused_lm_head`` in ``trl/trainer/utils.py``.
 """
@@ -34,6 +35,7 @@ class SupervisedFineTuningLoss(ParentLoss):
             )
         self._shown_to: nn.Module | None = None
         self._objective: AdversarialObjective | None = None
+        self._showing = False
 
     def check(self, objective: AdversarialObjective) -> None:
         """Installs what shows the hidden states to the objective's linear head.
@@ -51,20 +53,20 @@ class SupervisedFineTuningLoss(ParentLoss):
             self._shown_to.register_forward_hook(self._show)
 
     def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self._tokens_before = self._trainer._total_train_tokens
         return {**batch, "use_cache": False}  # as SFTTrainer has it for its own pass
 
     def of(self, module: nn.Module, part: Mapping[str, Any], items: Tensor | None) -> tuple[Tensor, Any]:
         """As of the parent, without outputs: they would cost another forward pass."""
         self._check_linear_head()
         count = None if items is None else items.clamp(min=1)
+        self._trainer._total_train_tokens = self._tokens_before
         self._showing = True
         try:
             with one_micro_batch(self._trainer):
                 return self._compute_loss(module, dict(part), num_items_in_batch=count), None
         finally:
             self._showing = False
-
-    _showing = False
 
     def _show(self, backbone: nn.Module, args: Any, output: Any) -> None:
         if self._showing and self._objective.linear_head is not None:

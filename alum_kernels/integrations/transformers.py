@@ -95,7 +95,7 @@ class AdversarialTrainerMixin:
 
     Raises:
         TypeError: ``adversarial`` is no :class:`AdversarialConfig`.
-        RuntimeError: an optimizer step ended without this loss: a class before the mixin replaces it, or a
+        RuntimeError: the first optimizer step ended without this loss: a class before the mixin replaces it, or a
             ``training_step`` does without ``compute_loss``.
         ValueError: the model has no head or no input embeddings that :class:`AdversarialObjective` recognises (override
             :meth:`create_objective`), or the arguments ask for a way to distribute that is not supported.
@@ -120,7 +120,7 @@ class AdversarialTrainerMixin:
             )
         self._task = self._task_loss()
         self._take(self.create_objective(self.model))
-        self._adversarial_losses = 0
+        self._computes_loss = False
         self.add_callback(_StepWatch(self))
 
     def create_objective(self, model: nn.Module) -> AdversarialObjective:
@@ -140,6 +140,9 @@ class AdversarialTrainerMixin:
         self.objective = objective
         self._noise = NoisePlace(objective, self.accelerator.process_index, self.accelerator.num_processes)
         self._followed: torch.optim.Optimizer | None = None
+        taken = inspect.signature(type(original(objective.model)).forward).parameters
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+        self._accepted = None if takes_any else set(taken)
 
     def _task_loss(self) -> ParentLoss:
         """How the class after the mixin computes the task's loss."""
@@ -189,29 +192,29 @@ class AdversarialTrainerMixin:
                 f"{self.adversarial.delta_lifetime}, got {', '.join(batch)}"
             )
         seed, sample_offset = self._noise.next(find_batch_size(batch), self.state.global_step)
-        divided_later = not self._loss_is_scaled(num_items_in_batch)
+        scaled = self._loss_is_scaled(num_items_in_batch)
 
         def of_step(loss: Tensor) -> Tensor:
-            if divided_later:
-                return loss
             return loss / self._steps() if items is None else loss * (items * processes) / num_items_in_batch
+
+        def differentiate(earlier: Tensor) -> None:
+            # the parent divides none but the last loss, which is returned
+            self.accelerator.backward(of_step(earlier) if scaled else earlier / self._steps())
 
         result = self.objective.forward(
             self._task.inputs(batch),
             run_task=run_task,
             standard_loss=self._task.standard,
             loss_without_logits=self._task.without_logits,
-            task_keys=self._task_keys(model, batch),
+            task_keys={*self.task_columns, *(set() if self._accepted is None else set(batch) - self._accepted)},
             seed=seed,
             sample_offset=sample_offset,
-            backward=lambda earlier: self.accelerator.backward(
-                of_step(earlier) / (self._steps() if divided_later else 1)
-            ),
+            backward=differentiate,
             update=self._update if self.adversarial.backward == "replay" else None,
             samples=samples.cpu() if self.adversarial.delta_lifetime > 1 and samples is not None else None,
         )
-        self._adversarial_losses += 1
-        loss = of_step(result.loss)
+        self._computes_loss = True
+        loss = of_step(result.loss) if scaled else result.loss
         return (loss, result.outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -242,13 +245,6 @@ class AdversarialTrainerMixin:
     def _steps(self) -> int:
         """Micro-batches of the present optimizer step."""
         return getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
-
-    def _task_keys(self, model: nn.Module, batch: Mapping[str, Any]) -> set[str]:
-        """Columns that the passes without a loss go without."""
-        taken = inspect.signature(type(original(model)).forward).parameters
-        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
-            return set(self.task_columns)
-        return {*self.task_columns, *(set(batch) - set(taken))}
 
     def _update(self) -> None:
         """An optimizer step between two replays of a batch."""
@@ -363,25 +359,24 @@ def adversarial_trainer(trainer: type[Trainer]) -> type[Trainer]:
 
 
 class _StepWatch(TrainerCallback):
-    """Begins the noise with each training, and refuses an optimizer step without an adversarial loss."""
+    """Begins the noise with each training, and refuses one whose first optimizer step had no adversarial loss."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer._noise.begin()
-        self._trainer._adversarial_losses = 0
+        self._trainer._computes_loss = False
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        if trainer._adversarial_losses == 0:
-            ran = " or ".join(name_of(getattr(type(trainer), name)) for name in ("training_step", "compute_loss"))
+        kind = type(self._trainer)
+        if not self._trainer._computes_loss:
+            ran = " or ".join(name_of(getattr(kind, name)) for name in ("training_step", "compute_loss"))
             raise RuntimeError(
-                f"{type(trainer).__name__}: expected compute_loss of AdversarialTrainerMixin in every optimizer step, "
-                f"it was not called; {ran} does without. Give a loss of your own to a class after the mixin: "
+                f"{kind.__name__}: expected a training that calls compute_loss of AdversarialTrainerMixin, got an "
+                f"optimizer step without it; {ran} does without. Give a loss of your own to a class after the mixin: "
                 "class Mine(AdversarialTrainerMixin, TheirTrainer)"
             )
-        trainer._adversarial_losses = 0
 
 
 def _without_index(inputs: Mapping[str, Any]) -> dict[str, Any]:
