@@ -61,7 +61,8 @@ class AcceleratedObjective(AdversarialObjective):
         ...     batch = {"input_ids": torch.randint(40, (4, 6)), "labels": torch.randint(2, (4,))}
         ...     with accelerator.accumulate(model):
         ...         figures = adversarial.backward(batch)
-        ...         optimizer.step(), optimizer.zero_grad()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
         >>> adversarial.optimizer_steps
         1
     """
