@@ -1,6 +1,7 @@
 """Fused kernels and a thin training wrapper for adversarial training of transformer language models."""
 
 from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.finite import FiniteGuard, NonFiniteError
 from alum_kernels.adversarial.noise_place import NoisePlace
 from alum_kernels.adversarial.objectives import AdversarialObjective
 from alum_kernels.adversarial.output import AdversarialOutput
@@ -19,7 +20,9 @@ __all__ = [
     "AdversarialObjective",
     "AdversarialOutput",
     "BackendUnavailableError",
+    "FiniteGuard",
     "NoisePlace",
+    "NonFiniteError",
     "js",
     "kl",
     "linear_kl",

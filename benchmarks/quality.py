@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from alum_kernels.corpora import CorpusError
 from alum_kernels.evaluation.quartiles import Quartiles
 from benchmarks.machine import describe, facts, result_path
 from benchmarks.quality_plot import draw
@@ -39,7 +40,6 @@ from benchmarks.quality_results import (
 )
 from benchmarks.quality_task import TaskBench
 from benchmarks.table import Table, ratio
-from examples.corpora import CorpusError
 from examples.fine_tuning import Start, bundled_model
 from examples.glue_tasks import TASKS
 from examples.methods import chosen_methods

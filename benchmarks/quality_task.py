@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
+from alum_kernels.corpora import CorpusError
 from alum_kernels.evaluation import accuracy_under_attack
 from benchmarks.quality_results import Job, equal_time_steps
 from benchmarks.timing import Timing, measure
-from examples.corpora import CorpusError
 from examples.encoding import DevSet, dev_set, training_batches
 from examples.fine_tuning import Start, check_methods, evaluate, fine_tune, new_model
 from examples.glue_tasks import REGRESSION, Examples, TaggedSentences, TaskData, read_task

@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alum_kernels.corpora import CorpusError
+from alum_kernels.corpora.text import text_lines
+
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
 """Packages of the standard library with enough docstrings to tell them apart by."""
 
 MIN_WORDS = 5
 DEV_SHARE = 0.2
-
-
-class CorpusError(ValueError):
-    """A corpus that cannot be read; the message names the place."""
 
 
 @dataclass(frozen=True)
@@ -116,25 +115,6 @@ def tsv_classification(train: Path, dev: Path) -> Classification:
         for path in (train, dev)
     ]
     return Classification(train.stem, *parts, classes)
-
-
-def text_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 file as they are, without a byte-order mark and line ends; quotes mean nothing.
-
-    Raises:
-        CorpusError: the file cannot be read or is empty.
-    """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise CorpusError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    if lines[-1] == "":
-        lines.pop()
-    if not lines:
-        raise CorpusError(f"{path}: expected one example a line, the file is empty")
-    return [line.removesuffix("\r") for line in lines]
 
 
 def _read_tsv(path: Path) -> list[tuple[str, tuple[str, ...]]]:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import alum_kernels
+from alum_kernels.corpora import CorpusError
 from alum_kernels.evaluation.quartiles import Quartiles
-from examples.corpora import CorpusError
 from examples.encoding import dev_set, training_batches
 from examples.fine_tuning import Start, bundled_model, check_methods, evaluate, fine_tune
 from examples.glue_metrics import LABELS

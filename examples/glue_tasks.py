@@ -21,7 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.corpora import CorpusError, LabelledText, hub_splits, text_lines
+from alum_kernels.corpora import CorpusError
+from alum_kernels.corpora.text import text_lines
+from examples.corpora import LabelledText, hub_splits
 
 CLASSIFICATION, REGRESSION, TAGGING = "classification", "regression", "tagging"
 HIGHEST_SCORE = 5.0

@@ -201,14 +201,22 @@ def test_a_step_without_the_adversary_is_refused(tmp_path):
             loss.backward()
             return loss.detach()
 
-    for kind, culprit in (
-        (Replaced, "FocalTrainer.compute_loss"),
-        (adversarial_trainer(Direct), r"Direct.training_step"),
+    class Unguarded(AdversarialTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model, inputs)
+            loss.backward()
+            return loss.detach()
+
+    for kind, missing, culprit in (
+        (Replaced, "compute_loss", "FocalTrainer.compute_loss"),
+        (adversarial_trainer(Direct), "compute_loss", "Direct.training_step"),
+        (Unguarded, "training_step", "Unguarded.training_step"),
     ):
         trainer, _ = trainer_of(bert(), tmp_path, CLASSIFICATION, MOVED, kind=kind)
-        with pytest.raises(
-            RuntimeError, match=rf"expected a training that calls compute_loss of Adversarial.*{culprit}"
-        ):
+        message = (
+            rf"expected a training that calls {missing} of AdversarialTrainerMixin, .* that did not; .*{culprit} do"
+        )
+        with pytest.raises(RuntimeError, match=message):
             trainer.train()
 
 

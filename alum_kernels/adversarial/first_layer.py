@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from alum_kernels.adversarial.input_gradients import input_gradients
 from alum_kernels.adversarial.layers import layer_list
 
 
@@ -72,7 +72,7 @@ class FirstLayer:
         try:
             self._run(forward, stop)
         except _Reached as reached:
-            grads = torch.autograd.grad(reached.output, list(leaves), grad_outputs=upstream, allow_unused=True)
+            grads = input_gradients(reached.output, list(leaves), upstream)
             if any(grad is None for grad in grads):
                 raise ValueError(
                     f"first_layer: the output of {self.name} does not depend on the perturbation"

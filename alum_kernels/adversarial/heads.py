@@ -302,6 +302,8 @@ def detect_head(model: nn.Module) -> Head:
     Raises:
         ValueError: no head is recognised, or one that cannot be compared; the message says why or how to name one.
     """
+    adapted = getattr(model, "get_base_model", None)  # PEFT's wrapper, which may be called after no task
+    model = adapted() if callable(adapted) else model
     name = type(model).__name__
     config = getattr(model, "config", None)
     found = next((head for suffix, head in _SUFFIXES.items() if name.endswith(suffix)), None)

@@ -5,6 +5,7 @@ the teacher.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from alum_kernels.adversarial.heads import Head, detect_head
 from alum_kernels.adversarial.linear_head import LinearHead
 from alum_kernels.adversarial.local_linearity import check_second_derivatives
 from alum_kernels.adversarial.model_state import RandomState, device_of, has_static_graph, original, unwrap
+from alum_kernels.adversarial.out_of_memory import memory_advice
 from alum_kernels.adversarial.output import AdversarialOutput
 from alum_kernels.adversarial.proximal import Teaching
 from alum_kernels.adversarial.run import (
@@ -134,15 +136,15 @@ class AdversarialObjective:
             Detached device scalars ``loss``, ``task_loss`` and ``divergence``, before ``scale``.
         """
         differentiate = backward or Tensor.backward
-        output = self.forward(
-            batch,
-            seed=seed,
-            sample_offset=sample_offset,
-            backward=lambda loss: differentiate(loss * scale),
-            update=update,
-            samples=samples,
-        )
-        differentiate(output.loss * scale)
+
+        def scaled(loss: Tensor) -> None:
+            differentiate(loss * scale)
+
+        with self.memory_advice(batch):
+            output = self.forward(
+                batch, seed=seed, sample_offset=sample_offset, backward=scaled, update=update, samples=samples
+            )
+            scaled(output.loss)
         return output.figures()
 
     def capture(self, example_batch: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> CapturedStep:
@@ -205,17 +207,24 @@ class AdversarialObjective:
             ValueError: the model gave no loss, the batch lacks what the head needs, or the method needs an argument,
                 :meth:`follow` or :meth:`set_progress` that it did not get.
             RuntimeError: a perturbed module did not run exactly once in a pass.
+            torch.OutOfMemoryError, RuntimeError, MemoryError: an allocator's, see :meth:`memory_advice`.
         """
         self._check_call(backward, update, samples)
         plan = self.begin_step()
         if seed is None and (plan.weights.perturbs or plan.proximal is not None):
             seed = self.draw_seed()
-        return self.run_step(
-            batch,
-            plan,
-            Draw(seed, sample_offset, delta, samples),
-            TaskOptions(run_task, standard_loss, loss_without_logits, frozenset(task_keys), backward, update),
-        )
+        draw = Draw(seed, sample_offset, delta, samples)
+        options = TaskOptions(run_task, standard_loss, loss_without_logits, frozenset(task_keys), backward, update)
+        with self.memory_advice(batch):
+            return self.run_step(batch, plan, draw, options)
+
+    def memory_advice(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Within the context an allocator's refusal is raised again with the batch and what would need less memory.
+
+        Every step has it; a loop that calls ``loss.backward()`` itself may put it around that. The exception is of the
+        same type, and has the original as its cause.
+        """
+        return memory_advice(batch, self.config, self.model, chunked=self.linear_head is not None)
 
     def begin_step(self) -> Plan:
         """Count a step, and what the course of the training makes of it."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.heads import Head
+from alum_kernels.adversarial.input_gradients import input_gradients
 from alum_kernels.adversarial.linear_head import Captured, LinearHead
 from alum_kernels.ops.linear_ascent import linear_products, linear_symmetric_kl_grad
 from alum_kernels.ops.linear_symmetric_kl import linear_kl, linear_symmetric_kl
@@ -128,7 +129,7 @@ def sum_and_gradients(
     sums, grad_values = zip(
         *(_sum(a, c, config, divergence, scale) for a, c in zip(adv, clean, strict=True)), strict=True
     )
-    grads = torch.autograd.grad([a.values for a in adv], inputs, grad_outputs=grad_values, allow_unused=True)
+    grads = input_gradients([a.values for a in adv], inputs, grad_values)
     if scale != 1.0:
         grads = [None if grad is None else grad.float() / scale for grad in grads]
     return list(sums), list(grads)

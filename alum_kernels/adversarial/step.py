@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.first_layer import FirstLayer
 from alum_kernels.adversarial.hooks import PerturbationHooks, Replace
+from alum_kernels.adversarial.input_gradients import input_gradients
 from alum_kernels.adversarial.lower_layers import LowerLayers
 from alum_kernels.adversarial.model_state import device_of, unwrap
 from alum_kernels.adversarial.passes import Part, TaskPass
@@ -199,14 +200,7 @@ class Step:
         """
         scale = FP16_GRAD_SCALE if in_fp16(points[0]) else 1.0
         upstream = torch.full_like(losses, scale) if weights is None else weights * scale
-        grads = torch.autograd.grad(
-            losses,
-            list(points),
-            upstream,
-            create_graph=create_graph,
-            retain_graph=create_graph,
-            allow_unused=True,
-        )
+        grads = input_gradients(losses, list(points), upstream, create_graph=create_graph, retain_graph=create_graph)
         wide = [widened(grad) for grad in self.required(grads)]
         return wide if scale == 1.0 else [grad / scale for grad in wide]
 

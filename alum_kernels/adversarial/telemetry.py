@@ -60,7 +60,7 @@ class Telemetry:
         figures = {}
         if "divergence" in total:
             figures["divergence"] = total["divergence"] / counts["divergence"]
-        if total.get("start", 0.0) > 0:
+        if total.get("start", 0.0) != 0:  # NaN is shown
             figures["ascent_gain"] = total["end"] / total["start"]
         for name in ("proximal", "task_increase", "linearity", "ascent_cosine"):
             if name in total:

@@ -92,9 +92,10 @@ class Judge:
         return torch.cat([row_losses(*part) for part in parts])
 
     def right(self, logits: Sequence[Tensor]) -> Tensor:
-        """(U,) bool: rows whose largest logit is that of the label; every row of a regression."""
+        """(U,) bool: rows whose largest logit is that of the label; every row of a regression. NaN is not right."""
         gathered = self.rows.gathered(logits)
         if self._regression:
             return torch.ones(gathered[0].shape[0], dtype=torch.bool, device=gathered[0].device)
         pairs = zip(gathered, self._targets, strict=True)
-        return torch.cat([rows.argmax(-1) == labels for rows, labels in pairs])
+        # argmax takes a NaN for the largest, and the first of many for class 0
+        return torch.cat([(rows.argmax(-1) == labels) & ~rows.isnan().any(-1) for rows, labels in pairs])

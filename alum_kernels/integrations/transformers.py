@@ -30,11 +30,13 @@ from alum_kernels.adversarial.objectives import AdversarialObjective
 
 try:
     from accelerate.utils import find_batch_size
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer
 
     from alum_kernels.integrations.accelerate import other_distribution
+    from alum_kernels.integrations.finite_steps import FiniteSteps
     from alum_kernels.integrations.sft_loss import SupervisedFineTuningLoss
-    from alum_kernels.integrations.trainer_losses import OwnLoss, ParentLoss, name_of
+    from alum_kernels.integrations.step_watch import StepWatch
+    from alum_kernels.integrations.trainer_losses import OwnLoss, ParentLoss
 except ImportError as error:
     raise ImportError(
         "alum_kernels.integrations.transformers: expected transformers and accelerate to be installed; "
@@ -59,6 +61,9 @@ class AdversarialTrainerMixin:
     ``adv_ascent_gain`` and so on; with several processes they are those of each process's own share. Every optimizer
     step draws one seed, and each sample's noise is a function of that seed and its place in the step's batch: neither
     gradient accumulation nor the number of processes changes it. Checkpoints carry the state of the noise.
+
+    Optimizer steps whose loss or gradients are not finite are left out (:class:`alum_kernels.FiniteGuard`). The first
+    one warns, the log counts them as ``adv_skipped_steps``, and ten in a row stop the training with the reason.
 
     A language model with a linear head is trained without its logits (:class:`AdversarialObjective`): in training its
     outputs then have none, and its loss is computed beside the model. A loss outside the model (``compute_loss_func``,
@@ -95,8 +100,8 @@ class AdversarialTrainerMixin:
 
     Raises:
         TypeError: ``adversarial`` is no :class:`AdversarialConfig`.
-        RuntimeError: the first optimizer step ended without this loss: a class before the mixin replaces it, or a
-            ``training_step`` does without ``compute_loss``.
+        RuntimeError: the first optimizer step ended without this loss: a class before the mixin replaces it or its
+            ``training_step``, or a ``training_step`` does without ``compute_loss``.
         ValueError: the model has no head or no input embeddings that :class:`AdversarialObjective` recognises (override
             :meth:`create_objective`), or the arguments ask for a way to distribute that is not supported.
     """
@@ -120,8 +125,10 @@ class AdversarialTrainerMixin:
             )
         self._task = self._task_loss()
         self._take(self.create_objective(self.model))
-        self._computes_loss = False
-        self.add_callback(_StepWatch(self))
+        self.finite = FiniteSteps()
+        self.add_callback(self.finite)
+        self._watch = StepWatch(self, AdversarialTrainerMixin)
+        self.add_callback(self._watch)
 
     def create_objective(self, model: nn.Module) -> AdversarialObjective:
         """The objective of a model; override it to name a head that is not recognised from the model's class."""
@@ -153,6 +160,20 @@ class AdversarialTrainerMixin:
         if (found.__module__, found.__qualname__) == ("trl.trainer.sft_trainer", "SFTTrainer.compute_loss"):
             return SupervisedFineTuningLoss(self, compute_loss)
         return OwnLoss(self, compute_loss)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; its first step draws a seed of its own."""
+        self._noise.begin()
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The parent's; then it is decided whether the gradients are finite, and the optimizer may have them."""
+        with self.objective.memory_advice(inputs):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self._watch.reach("training_step")
+        if self.accelerator.sync_gradients:
+            self.finite.decide(self.model, self.accelerator.scaler)
+        return loss
 
     def compute_loss(
         self,
@@ -213,7 +234,8 @@ class AdversarialTrainerMixin:
             update=self._update if self.adversarial.backward == "replay" else None,
             samples=samples.cpu() if self.adversarial.delta_lifetime > 1 and samples is not None else None,
         )
-        self._computes_loss = True
+        self.finite.guard.watch(result.figures(), batch)
+        self._watch.reach("compute_loss")
         loss = of_step(result.loss) if scaled else result.loss
         return (loss, result.outputs) if return_outputs else loss
 
@@ -248,8 +270,12 @@ class AdversarialTrainerMixin:
 
     def _update(self) -> None:
         """An optimizer step between two replays of a batch."""
+        self.finite.decide(self.model, self.accelerator.scaler)
         if self.args.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        else:
+            self.accelerator.unscale_gradients()  # a scaler cannot, once they are dropped
+        self.finite.drop(self.model)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -257,6 +283,8 @@ class AdversarialTrainerMixin:
         """The parent's, with the telemetry since the last training log."""
         if "loss" in logs:
             logs.update({f"adv_{name}": value for name, value in self.objective.telemetry.read().items()})
+            if self.finite.guard.skipped:
+                logs["adv_skipped_steps"] = self.finite.guard.skipped
         super().log(logs, *args, **kwargs)
 
     def _check_distribution(self) -> None:
@@ -286,7 +314,8 @@ class AdversarialTrainerMixin:
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.args.should_save:
-            torch.save(self.objective.state_dict(), os.path.join(output_dir, STATE_NAME))
+            state = {**self.objective.state_dict(), "finite": self.finite.guard.state_dict()}
+            torch.save(state, os.path.join(output_dir, STATE_NAME))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -294,7 +323,10 @@ class AdversarialTrainerMixin:
             return
         path = os.path.join(checkpoint, STATE_NAME)
         if os.path.isfile(path):
-            self.objective.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.objective.load_state_dict(state)
+            if "finite" in state:
+                self.finite.guard.load_state_dict(state["finite"])
         else:
             warnings.warn(f"{checkpoint}: no {STATE_NAME}, so the noise starts anew", stacklevel=2)
 
@@ -356,27 +388,6 @@ def adversarial_trainer(trainer: type[Trainer]) -> type[Trainer]:
     doc = f"``{trainer.__name__}`` with an adversary, see :class:`AdversarialTrainerMixin`."
     members = {"__doc__": doc, "__module__": trainer.__module__}
     return type(f"Adversarial{trainer.__name__}", (AdversarialTrainerMixin, trainer), members)
-
-
-class _StepWatch(TrainerCallback):
-    """Begins the noise with each training, and refuses one whose first optimizer step had no adversarial loss."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._noise.begin()
-        self._trainer._computes_loss = False
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        kind = type(self._trainer)
-        if not self._trainer._computes_loss:
-            ran = " or ".join(name_of(getattr(kind, name)) for name in ("training_step", "compute_loss"))
-            raise RuntimeError(
-                f"{kind.__name__}: expected a training that calls compute_loss of AdversarialTrainerMixin, got an "
-                f"optimizer step without it; {ran} does without. Give a loss of your own to a class after the mixin: "
-                "class Mine(AdversarialTrainerMixin, TheirTrainer)"
-            )
 
 
 def _without_index(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""MT-DNN's ``SmartPerturbation`` with the import line changed, on a Hugging Face model.
+
+    python -m examples.mtdnn_drop_in --steps 10
+
+The adversarial loss comes from ``alum_kernels``; the rest is the loop that MT-DNN's users have.
+"""
+
+import argparse
+
+import torch
+
+# from mt_dnn.perturbation import SmartPerturbation
+from alum_kernels.integrations.mtdnn import SmartPerturbation
+from examples.corpora import docstring_classification
+from examples.fine_tuning import bundled_model
+from examples.training import classification_batches, take
+
+ADV_ALPHA = 1.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.mtdnn_drop_in", description=__doc__)
+    parser.add_argument("--model", default=None, help="name or path (default: the bundled MiniLM)")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=8)
+    chosen = parser.parse_args()
+
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = chosen.model or bundled_model()
+    torch.manual_seed(0)
+    task = docstring_classification()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(task.classes)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    teacher = SmartPerturbation(epsilon=1e-6, step_size=1e-3, noise_var=1e-5, norm_p="inf", k=1)
+
+    batches = classification_batches(tokenizer, task.train, size=chosen.batch_size, length=48)
+    for step, batch in enumerate(take(batches, chosen.steps), start=1):
+        inputs = (batch["input_ids"], batch.get("token_type_ids"), batch["attention_mask"])
+        outputs = model(**batch)
+        adv_loss, embed_size, step_share = teacher.forward(model, outputs.logits, *inputs)
+        loss = outputs.loss + ADV_ALPHA * adv_loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(
+            f"step {step}  task loss {outputs.loss:.4f}  adversarial loss {adv_loss:.3e}  "
+            f"embeddings {embed_size:.3f}  step's part in delta {step_share:.1e}"
+        )
+
+
+if __name__ == "__main__":
+    main()

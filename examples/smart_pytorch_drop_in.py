@@ -1,0 +1,55 @@
+"""``smart_pytorch.SMARTLoss`` with the import line changed, on a Hugging Face model called with ``inputs_embeds``.
+
+python -m examples.smart_pytorch_drop_in --steps 10
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+# from smart_pytorch import SMARTLoss, kl_loss, sym_kl_loss
+from alum_kernels.integrations.smart_pytorch import SMARTLoss, kl_loss, sym_kl_loss
+from examples.corpora import docstring_classification
+from examples.fine_tuning import bundled_model
+from examples.training import classification_batches, take
+
+WEIGHT = 0.02
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.smart_pytorch_drop_in", description=__doc__)
+    parser.add_argument("--model", default=None, help="name or path (default: the bundled MiniLM)")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=8)
+    chosen = parser.parse_args()
+
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = chosen.model or bundled_model()
+    torch.manual_seed(0)
+    task = docstring_classification()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(task.classes)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    batches = classification_batches(tokenizer, task.train, size=chosen.batch_size, length=48)
+    for step, batch in enumerate(take(batches, chosen.steps), start=1):
+        labels, mask = batch["labels"], batch["attention_mask"]
+
+        def logits_of(embed: Tensor, mask: Tensor = mask) -> Tensor:
+            return model(inputs_embeds=embed, attention_mask=mask).logits
+
+        embed = model.get_input_embeddings()(batch["input_ids"])
+        state = logits_of(embed)
+        task_loss = torch.nn.functional.cross_entropy(state, labels)
+        smart = SMARTLoss(logits_of, kl_loss, loss_last_fn=sym_kl_loss)
+        adv_loss = smart(embed, state)
+        (task_loss + WEIGHT * adv_loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step}  task loss {task_loss:.4f}  adversarial loss {adv_loss:.3e}")
+
+
+if __name__ == "__main__":
+    main()
