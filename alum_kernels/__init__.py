@@ -2,6 +2,7 @@
 
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.finite import FiniteGuard, NonFiniteError
+from alum_kernels.adversarial.noise_place import NoisePlace
 from alum_kernels.adversarial.objectives import AdversarialObjective
 from alum_kernels.adversarial.output import AdversarialOutput
 from alum_kernels.ops.dispatch import BackendUnavailableError
@@ -20,6 +21,7 @@ __all__ = [
     "AdversarialOutput",
     "BackendUnavailableError",
     "FiniteGuard",
+    "NoisePlace",
     "NonFiniteError",
     "js",
     "kl",

@@ -5,7 +5,7 @@ from pathlib import Path
 import tiny_models
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from alum_kernels import AdversarialConfig
 from alum_kernels.integrations.transformers import AdversarialTrainer
@@ -55,8 +55,15 @@ class GradientLog(TrainerCallback):
         self.steps.append(tiny_models.Gradients.of(model).flat())
 
 
-def trainer_of(model: nn.Module, folder: Path, samples: list, config: AdversarialConfig = MOVED, **options):
-    """A trainer on ``samples`` in their order, and the gradients it will compute."""
+def trainer_of(
+    model: nn.Module,
+    folder: Path,
+    samples: list,
+    config: AdversarialConfig = MOVED,
+    kind: type[Trainer] = AdversarialTrainer,
+    **options,
+):
+    """A trainer of a class on ``samples``, and the gradients it will compute."""
     arguments = {
         "max_steps": 1,
         "per_device_train_batch_size": 8,
@@ -74,7 +81,7 @@ def trainer_of(model: nn.Module, folder: Path, samples: list, config: Adversaria
     }
     keywords = {key: options.pop(key) for key in ("compute_loss_func", "eval_dataset", "model_init") if key in options}
     log = GradientLog()
-    trainer = AdversarialTrainer(
+    trainer = kind(
         model=model,
         args=TrainingArguments(str(folder), **{**arguments, **options}),
         train_dataset=samples,

@@ -10,7 +10,16 @@ from torch.autograd import Variable
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``DistributedDataParallel``; any other module as it is."""
+    """The module inside ``DistributedDataParallel``; any other module as it is.
+
+    Raises:
+        ValueError: the model is in ``DataParallel``.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "model: expected a module or DistributedDataParallel, got DataParallel, whose replicas carry no hooks; "
+            "start one process a GPU with torchrun"
+        )
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 

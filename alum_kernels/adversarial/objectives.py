@@ -4,7 +4,7 @@
 the teacher.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -57,7 +57,8 @@ class AdversarialObjective:
     :meth:`set_progress`.
 
     Raises:
-        ValueError: no head or no input embeddings are recognised, or a fused head was demanded and cannot be.
+        ValueError: no head or no input embeddings are recognised, a fused head was demanded and cannot be, or the model
+            is in ``DataParallel``.
 
     Example:
         >>> import torch
@@ -117,6 +118,9 @@ class AdversarialObjective:
         backward: Backward | None = None,
         update: Update | None = None,
         samples: Samples | None = None,
+        *,
+        seed: Tensor | None = None,
+        sample_offset: int = 0,
     ) -> dict[str, Tensor]:
         """All passes of one batch, backward included; gradients are in ``.grad``, as after ``loss.backward()``.
 
@@ -126,7 +130,7 @@ class AdversarialObjective:
             backward: how to differentiate, such as ``accelerator.backward``; None calls ``Tensor.backward``.
             update: a step of the optimizer, with zeroed gradients after it, for methods that replay a batch
                 (``config.backward == "replay"``); called between replays, the update after the last is the caller's.
-            samples: as of :meth:`forward`.
+            samples, seed, sample_offset: as of :meth:`forward`.
 
         Returns:
             Detached device scalars ``loss``, ``task_loss`` and ``divergence``, before ``scale``.
@@ -137,7 +141,9 @@ class AdversarialObjective:
             differentiate(loss * scale)
 
         with self.memory_advice(batch):
-            output = self.forward(batch, backward=scaled, update=update, samples=samples)
+            output = self.forward(
+                batch, seed=seed, sample_offset=sample_offset, backward=scaled, update=update, samples=samples
+            )
             scaled(output.loss)
         return output.figures()
 
@@ -162,6 +168,8 @@ class AdversarialObjective:
         *,
         run_task: RunTask | None = None,
         standard_loss: bool = False,
+        loss_without_logits: bool = False,
+        task_keys: Collection[str] = (),
         seed: Tensor | None = None,
         sample_offset: int = 0,
         delta: Sequence[Tensor] | None = None,
@@ -178,9 +186,12 @@ class AdversarialObjective:
                 ``model(**batch)``.
             standard_loss: the loss of ``run_task`` is the model's own mean over the labels, so that a linear head may
                 stand in for it.
+            loss_without_logits: the loss of ``run_task`` takes no logits; it comes from what the output projection is
+                given, which ``run_task`` calls once with it. Then a linear head compares, and the loss is as it is.
+            task_keys: entries of the batch, besides labels, that only ``run_task`` reads and other passes go without.
             seed: one-element int64 tensor, see :meth:`draw_seed`; None draws one. Batches that are accumulated into one
-                optimizer step share a seed and differ in ``sample_offset``; then splitting changes nothing (but which
-                samples ``adversarial_fraction`` chooses, a share of each batch).
+                optimizer step share a seed and differ in ``sample_offset`` (:class:`alum_kernels.NoisePlace`); then
+                splitting changes nothing (but which samples ``adversarial_fraction`` chooses, a share of each batch).
             sample_offset: place of the batch's first sample in the global batch.
             delta: a first perturbation for each perturbed module, (B, S, H) fp32 (fp64 for fp64), instead of noise.
             backward: differentiates the loss of every pass but the last, whose loss is returned; needed by methods that
@@ -203,7 +214,7 @@ class AdversarialObjective:
         if seed is None and (plan.weights.perturbs or plan.proximal is not None):
             seed = self.draw_seed()
         draw = Draw(seed, sample_offset, delta, samples)
-        options = TaskOptions(run_task, standard_loss, backward, update)
+        options = TaskOptions(run_task, standard_loss, loss_without_logits, frozenset(task_keys), backward, update)
         with self.memory_advice(batch):
             return self.run_step(batch, plan, draw, options)
 

@@ -129,6 +129,17 @@ class LinearPasses:
             setattr(outputs, self._tokens.field, None)
         return loss, outputs, predictions
 
+    def run_task(self, task: Callable[[], tuple[Tensor, Any]]) -> tuple[Tensor, Any, list[Prediction]]:
+        """Task loss and outputs as ``task`` gives them, and predictions of its pass.
+
+        Raises:
+            RuntimeError: it showed the projection not exactly one tensor of hidden states.
+        """
+        (loss, outputs), captured = self._capture(task)
+        if self._labelled.overflow is not None:
+            loss = torch.where(self._labelled.overflow, torch.nan, loss)
+        return loss, outputs, self._read(outputs, captured, _gathered(captured, self._compared))
+
     def verify(self, model: nn.Module, own: Any) -> str | None:
         """Why the model is not what this takes it for, given what it returned for the batch, or None if it is."""
         with self._linear.capturing() as captured:

@@ -86,6 +86,8 @@ class TaskOptions(NamedTuple):
 
     run_task: RunTask | None = None
     standard_loss: bool = False
+    loss_without_logits: bool = False
+    task_keys: frozenset[str] = frozenset()
     backward: Backward | None = None
     update: Update | None = None
 
@@ -93,6 +95,11 @@ class TaskOptions(NamedTuple):
     def own_loss(self) -> bool:
         """Whether the task's loss is the model's own."""
         return self.run_task is None or self.standard_loss
+
+    @property
+    def leaves_logits(self) -> bool:
+        """Whether the task's loss can do without the model's logits."""
+        return self.own_loss or self.loss_without_logits
 
 
 class StepRunner:
@@ -174,7 +181,7 @@ class StepRunner:
         if not options.own_loss:
             self.refuse_other_losses("run_task")
         with dropout_off(model) if config.dropout == "off" else nullcontext():
-            linear = self.fused.of_batch(model, batch, options.own_loss)
+            linear = self.fused.of_batch(model, batch, options.leaves_logits)
 
             room = None
             if linear is not None and config.labelled_capacity is not None:
@@ -186,9 +193,12 @@ class StepRunner:
                     passes = LinearPasses(self._head, batch, config.positions, linear, room)
                 elif config.compares:
                     passes = LogitPasses(self._head, batch, config.positions)
-                return Part(batch, self._inputs(batch), passes)
+                inputs = self._inputs(batch)
+                return Part(batch, {key: inputs[key] for key in inputs if key not in options.task_keys}, passes)
 
             def task(model: nn.Module, part: Part) -> TaskPass:
+                if linear is not None and not options.own_loss:
+                    return TaskPass(*part.passes.run_task(lambda: options.run_task(model, part.batch)))
                 if linear is not None:
                     return TaskPass(*part.passes.run_clean(lambda: model(**part.inputs)))
                 loss, outputs = (options.run_task or self._run_task)(model, part.batch)

@@ -1,4 +1,4 @@
-"""The Hugging Face ``Trainer`` with one more argument, ``adversarial``.
+"""The Hugging Face ``Trainer``, or a subclass of it, with one more argument, ``adversarial``.
 
 A micro-batch's loss is the mean over its items, of the task and of the divergence alike. Where the Trainer counts the
 items of a whole optimizer step, the loss is
@@ -12,9 +12,11 @@ Methods that train on every pass of their ascent differentiate all but the last 
 that the Trainer puts on the loss it is given.
 """
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,14 +24,19 @@ from torch import Tensor, nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.labels import IGNORED_LABEL
+from alum_kernels.adversarial.model_state import original, unwrap
+from alum_kernels.adversarial.noise_place import NoisePlace
 from alum_kernels.adversarial.objectives import AdversarialObjective
 
 try:
     from accelerate.utils import find_batch_size
     from transformers import Trainer
-    from transformers.trainer_callback import TrainerState
 
+    from alum_kernels.integrations.accelerate import other_distribution
     from alum_kernels.integrations.finite_steps import FiniteSteps
+    from alum_kernels.integrations.sft_loss import SupervisedFineTuningLoss
+    from alum_kernels.integrations.step_watch import StepWatch
+    from alum_kernels.integrations.trainer_losses import OwnLoss, ParentLoss
 except ImportError as error:
     raise ImportError(
         "alum_kernels.integrations.transformers: expected transformers and accelerate to be installed; "
@@ -43,8 +50,11 @@ STATE_NAME = "adversarial_state.pt"
 """File of a checkpoint folder that holds the state of the noise."""
 
 
-class AdversarialTrainer(Trainer):
-    """``transformers.Trainer`` whose training loss is the task's plus ``alpha`` times an adversarial divergence.
+class AdversarialTrainerMixin:
+    """Makes the training loss of a ``transformers.Trainer`` the task's plus ``alpha`` times an adversarial divergence.
+
+    ``class Mine(AdversarialTrainerMixin, TheirTrainer)``, or :func:`adversarial_trainer` ``(TheirTrainer)``, trains a
+    subclass of ``transformers.Trainer`` so; :class:`AdversarialTrainer` is the one of ``Trainer`` itself.
 
     Evaluation and prediction are the parent's. Wherever the parent logs ``loss`` (which then includes the adversarial
     term), the figures of :class:`alum_kernels.adversarial.telemetry.Telemetry` stand beside it as ``adv_divergence``,
@@ -59,6 +69,17 @@ class AdversarialTrainer(Trainer):
     outputs then have none, and its loss is computed beside the model. A loss outside the model (``compute_loss_func``,
     label smoothing) keeps the logits.
 
+    A ``compute_loss`` of the subclass is the task's loss: it runs on the clean batch, goes on as it is, and keeps the
+    logits. It calls the model once, and gives the outputs of that call with ``return_outputs=True``. It sees the
+    micro-batch as a whole optimizer step of one process: ``num_items_in_batch`` is the micro-batch's, and a loss that
+    divides by the accumulated steps divides by one; what follows of that is done here. (A loss that is no mean over
+    its items is taken for one.) A ``training_step`` of the subclass stays, as long as it calls ``compute_loss``; if it
+    puts a factor of its own on the loss, ``loss_is_scaled_for_ga`` says whether that is one over the accumulated steps.
+    A ``compute_loss`` in a class *before* the mixin wraps the whole adversarial loss, which ``super()`` gives it.
+
+    TRL's ``SFTTrainer`` keeps its loss, its token accuracy and entropy, and its way without logits
+    (:mod:`alum_kernels.integrations.sft_loss`): the method must be one for which no logits are formed either.
+
     Schedules go by the Trainer's steps, a teacher follows its optimizer, and methods that replay a batch make an
     optimizer step (with gradient clipping) after each replay; the learning rate schedule counts batches.
 
@@ -72,60 +93,42 @@ class AdversarialTrainer(Trainer):
         model, args: as of the parent, and so are all other arguments.
         adversarial: the method and its constants.
 
+    Attributes:
+        objective: the model's, from the end of ``__init__`` on.
+        task_columns: columns of a batch that only ``compute_loss`` reads, labels apart. Those that the model's forward
+            cannot take are known without.
+
     Raises:
         TypeError: ``adversarial`` is no :class:`AdversarialConfig`.
+        RuntimeError: the first optimizer step ended without this loss: a class before the mixin replaces it or its
+            ``training_step``, or a ``training_step`` does without ``compute_loss``.
         ValueError: the model has no head or no input embeddings that :class:`AdversarialObjective` recognises (override
             :meth:`create_objective`), or the arguments ask for a way to distribute that is not supported.
-
-    Example:
-        >>> import tempfile, torch, transformers
-        >>> from alum_kernels import AdversarialConfig
-        >>> from alum_kernels.integrations.transformers import AdversarialTrainer
-        >>> config = transformers.BertConfig(
-        ...     vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-        ... )
-        >>> samples = [{"input_ids": torch.arange(5, 9), "labels": label} for label in (0, 1, 1, 0)]
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     trainer = AdversarialTrainer(
-        ...         model=transformers.BertForSequenceClassification(config),
-        ...         args=transformers.TrainingArguments(folder, max_steps=1, save_strategy="no", report_to="none"),
-        ...         train_dataset=samples,
-        ...         adversarial=AdversarialConfig.smart(),
-        ...     )
-        ...     trainer.train().global_step  # doctest: +ELLIPSIS
-        {'train_runtime': ...}
-        1
     """
 
     objective: AdversarialObjective | None = None
+    task_columns: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        args: Any = None,
-        *rest: Any,
-        adversarial: AdversarialConfig,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, adversarial: AdversarialConfig, **kwargs: Any) -> None:
         if not isinstance(adversarial, AdversarialConfig):
             raise TypeError(f"adversarial: expected an AdversarialConfig, got {type(adversarial).__name__}")
-        if isinstance(model, nn.DataParallel):
-            raise ValueError("model: expected a module or DistributedDataParallel, got DataParallel")
-        super().__init__(model, args, *rest, **kwargs)
+        model = kwargs.get("model", args[0] if args else None)
+        if isinstance(model, nn.Module):
+            unwrap(model)  # DataParallel is refused before the Trainer moves it
         self.adversarial = adversarial
+        super().__init__(*args, **kwargs)
         self._check_distribution()
         if adversarial.backward == "replay" and self.args.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"args: expected gradient_accumulation_steps 1 for {adversarial.method}, which updates the model "
                 f"at each replay of a batch, got {self.args.gradient_accumulation_steps}"
             )
-        self.objective = self.create_objective(self.model)
+        self._task = self._task_loss()
+        self._take(self.create_objective(self.model))
         self.finite = FiniteSteps()
         self.add_callback(self.finite)
-        self._noise_seed: Tensor | None = None
-        self._noise_step: tuple[TrainerState, int] | None = None
-        self._noise_samples = 0
-        self._followed: torch.optim.Optimizer | None = None
+        self._watch = StepWatch(self, AdversarialTrainerMixin)
+        self.add_callback(self._watch)
 
     def create_objective(self, model: nn.Module) -> AdversarialObjective:
         """The objective of a model; override it to name a head that is not recognised from the model's class."""
@@ -136,14 +139,38 @@ class AdversarialTrainer(Trainer):
         model = super().call_model_init(*args, **kwargs)
         if self.objective is not None:
             self.objective.remove_hooks()
-            self.objective = self.create_objective(model)
-            self._followed = None
+            self._take(self.create_objective(model))
         return model
+
+    def _take(self, objective: AdversarialObjective) -> None:
+        self._task.check(objective)
+        self.objective = objective
+        self._noise = NoisePlace(objective, self.accelerator.process_index, self.accelerator.num_processes)
+        self._followed: torch.optim.Optimizer | None = None
+        taken = inspect.signature(type(original(objective.model)).forward).parameters
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+        self._accepted = None if takes_any else set(taken)
+
+    def _task_loss(self) -> ParentLoss:
+        """How the class after the mixin computes the task's loss."""
+        compute_loss = super().compute_loss
+        found = getattr(compute_loss, "__func__", compute_loss)
+        if found is Trainer.compute_loss:
+            return ParentLoss(self, compute_loss)
+        if (found.__module__, found.__qualname__) == ("trl.trainer.sft_trainer", "SFTTrainer.compute_loss"):
+            return SupervisedFineTuningLoss(self, compute_loss)
+        return OwnLoss(self, compute_loss)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; its first step draws a seed of its own."""
+        self._noise.begin()
+        return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The parent's; then it is decided whether the gradients are finite, and the optimizer may have them."""
         with self.objective.memory_advice(inputs):
             loss = super().training_step(model, inputs, *args, **kwargs)
+        self._watch.reach("training_step")
         if self.accelerator.sync_gradients:
             self.finite.decide(self.model, self.accelerator.scaler)
         return loss
@@ -172,21 +199,11 @@ class AdversarialTrainer(Trainer):
         items = None if num_items_in_batch is None else self._count_items(batch)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
-        outside = self.compute_loss_func is not None or self.label_smoother is not None
-
         def run_task(module: nn.Module, part: Mapping[str, Any]) -> tuple[Tensor, Any]:
-            # losses outside the model divide by the count that they are given; heads take the mean
-            counts = items is not None and outside
-            loss, outputs = super(AdversarialTrainer, self).compute_loss(
-                module,
-                dict(part),
-                return_outputs=True,
-                num_items_in_batch=items.clamp(min=1) if counts else None,
-            )
-            if counts and processes > 1:
-                loss = loss / processes  # the parent multiplied, and the whole loss is multiplied below
+            own_items = None if items is None else self._count_items(part)
+            loss, outputs = self._task.of(module, part, own_items)
             # the mean over no labelled position is 0 / 0, with a zero gradient
-            return (loss if items is None else torch.where(self._count_items(part) > 0, loss, 0)), outputs
+            return (loss if own_items is None else torch.where(own_items > 0, loss, 0)), outputs
 
         self.objective.model = model
         self._keep_pace()
@@ -195,25 +212,31 @@ class AdversarialTrainer(Trainer):
                 f"train_dataset: expected a column {SAMPLE_KEY!r} with delta_lifetime "
                 f"{self.adversarial.delta_lifetime}, got {', '.join(batch)}"
             )
-        seed, sample_offset = self._place_of(find_batch_size(batch))
+        seed, sample_offset = self._noise.next(find_batch_size(batch), self.state.global_step)
+        scaled = self._loss_is_scaled(num_items_in_batch)
 
         def of_step(loss: Tensor) -> Tensor:
-            return loss if items is None else loss * (items * processes) / num_items_in_batch
+            return loss / self._steps() if items is None else loss * (items * processes) / num_items_in_batch
+
+        def differentiate(earlier: Tensor) -> None:
+            # the parent divides none but the last loss, which is returned
+            self.accelerator.backward(of_step(earlier) if scaled else earlier / self._steps())
 
         result = self.objective.forward(
-            batch,
+            self._task.inputs(batch),
             run_task=run_task,
-            standard_loss=not outside,
+            standard_loss=self._task.standard,
+            loss_without_logits=self._task.without_logits,
+            task_keys={*self.task_columns, *(set() if self._accepted is None else set(batch) - self._accepted)},
             seed=seed,
             sample_offset=sample_offset,
-            backward=lambda earlier: self.accelerator.backward(
-                of_step(earlier) * self._accumulation_share(num_items_in_batch)
-            ),
+            backward=differentiate,
             update=self._update if self.adversarial.backward == "replay" else None,
             samples=samples.cpu() if self.adversarial.delta_lifetime > 1 and samples is not None else None,
         )
         self.finite.guard.watch(result.figures(), batch)
-        loss = of_step(result.loss)
+        self._watch.reach("compute_loss")
+        loss = of_step(result.loss) if scaled else result.loss
         return (loss, result.outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -233,13 +256,17 @@ class AdversarialTrainer(Trainer):
             self.objective.follow(optimizer)
             self._followed = optimizer
 
-    def _accumulation_share(self, num_items_in_batch: Tensor | int | None) -> float:
-        """The factor that the parent puts on the loss of a micro-batch."""
+    def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the parent takes the loss of a micro-batch as it is; else it divides by the accumulated steps."""
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = counted or self.compute_loss_func is not None
-        return 1.0 if scaled else 1.0 / self.current_gradient_accumulation_steps
+        return scaled
+
+    def _steps(self) -> int:
+        """Micro-batches of the present optimizer step."""
+        return getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
 
     def _update(self) -> None:
         """An optimizer step between two replays of a batch."""
@@ -267,8 +294,8 @@ class AdversarialTrainer(Trainer):
                 "under DataParallel, whose replicas carry no hooks; start one process a GPU with torchrun, "
                 "or set CUDA_VISIBLE_DEVICES"
             )
-        kind = str(self.accelerator.distributed_type.value)
-        if kind != "NO" and not kind.startswith("MULTI_"):
+        kind = other_distribution(self.accelerator)
+        if kind is not None:
             raise ValueError(f"args: expected a single process or DistributedDataParallel, got {kind}")
         for name in ("tp", "cp", "sp"):
             size = getattr(self, f"get_{name}_size", lambda: 1)()
@@ -283,17 +310,6 @@ class AdversarialTrainer(Trainer):
             if getattr(self, "_loss_shifts_labels", False):
                 labels = labels[..., 1:]
         return labels.ne(IGNORED_LABEL).sum()
-
-    def _place_of(self, samples: int) -> tuple[Tensor, int]:
-        """Seed of the present optimizer step, and the place of this process's next samples in the step's batch."""
-        state = self.state
-        if self._noise_step is None or self._noise_step[0] is not state or self._noise_step[1] != state.global_step:
-            self._noise_step = (state, state.global_step)
-            self._noise_seed = self.objective.draw_seed()
-            self._noise_samples = 0
-        sample_offset = self._noise_samples + self.accelerator.process_index * samples
-        self._noise_samples += self.accelerator.num_processes * samples
-        return self._noise_seed, sample_offset
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -313,6 +329,65 @@ class AdversarialTrainer(Trainer):
                 self.finite.guard.load_state_dict(state["finite"])
         else:
             warnings.warn(f"{checkpoint}: no {STATE_NAME}, so the noise starts anew", stacklevel=2)
+
+
+class AdversarialTrainer(AdversarialTrainerMixin, Trainer):
+    """``transformers.Trainer`` with an adversary; all that it does is in :class:`AdversarialTrainerMixin`.
+
+    Example:
+        >>> import tempfile, torch, transformers
+        >>> from alum_kernels import AdversarialConfig
+        >>> from alum_kernels.integrations.transformers import AdversarialTrainer
+        >>> config = transformers.BertConfig(
+        ...     vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        ... )
+        >>> samples = [{"input_ids": torch.arange(5, 9), "labels": label} for label in (0, 1, 1, 0)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = AdversarialTrainer(
+        ...         model=transformers.BertForSequenceClassification(config),
+        ...         args=transformers.TrainingArguments(folder, max_steps=1, save_strategy="no", report_to="none"),
+        ...         train_dataset=samples,
+        ...         adversarial=AdversarialConfig.smart(),
+        ...     )
+        ...     trainer.train().global_step  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        1
+    """
+
+
+@cache
+def adversarial_trainer(trainer: type[Trainer]) -> type[Trainer]:
+    """A subclass of a Trainer class that takes ``adversarial``: :class:`AdversarialTrainerMixin` before it.
+
+    Args:
+        trainer: ``transformers.Trainer`` or any subclass, such as TRL's ``SFTTrainer``.
+
+    Returns:
+        The class, the same one at every call; a class that has the mixin already as it is.
+
+    Raises:
+        TypeError: ``trainer`` is no subclass of ``transformers.Trainer``.
+
+    Example:
+        >>> import transformers
+        >>> from alum_kernels.integrations.transformers import adversarial_trainer
+        >>> class Weighted(transformers.Trainer):
+        ...     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        ...         outputs = model(**inputs)
+        ...         loss = 2 * outputs.loss
+        ...         return (loss, outputs) if return_outputs else loss
+        >>> adversarial_trainer(Weighted).__name__
+        'AdversarialWeighted'
+    """
+    if not (isinstance(trainer, type) and issubclass(trainer, Trainer)):
+        raise TypeError(f"trainer: expected a subclass of transformers.Trainer, got {trainer!r}")
+    if issubclass(trainer, AdversarialTrainerMixin):
+        return trainer
+    if trainer is Trainer:
+        return AdversarialTrainer
+    doc = f"``{trainer.__name__}`` with an adversary, see :class:`AdversarialTrainerMixin`."
+    members = {"__doc__": doc, "__module__": trainer.__module__}
+    return type(f"Adversarial{trainer.__name__}", (AdversarialTrainerMixin, trainer), members)
 
 
 def _without_index(inputs: Mapping[str, Any]) -> dict[str, Any]:

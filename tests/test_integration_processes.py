@@ -1,0 +1,131 @@
+"""Two processes leave the gradients of one: Lightning, Accelerate and Trainers with a loss of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from test_integration_own_trainer import CountingTrainer, FocalTrainer
+from test_trainer_processes import free_port
+from tiny_loops import assert_same, plain_gradients
+from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, ON_THE_WAY, trainer_of
+
+from alum_kernels.integrations.transformers import adversarial_trainer
+
+pytestmark = pytest.mark.slow
+
+BATCH = tiny_models.classification_batch(8)
+
+PREAMBLE = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch
+import tiny_models
+from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, ON_THE_WAY
+rank, folder = int(os.environ["RANK"]), {folder!r}
+batch = tiny_models.classification_batch(8)
+# both micro-batches of a process: 2 of the first 4 samples, then 2 of the others
+parts = [{{key: value[at + 2 * rank : at + 2 * rank + 2] for key, value in batch.items()}} for at in (0, 4)]
+def save(name, gradient):
+    if rank == 0:
+        torch.save(gradient, f"{{folder}}/{{name}}.pt")
+"""
+
+ACCELERATE = """
+from accelerate import Accelerator
+from alum_kernels.integrations.accelerate import AcceleratedObjective
+for name, config in (("alum", MOVED), ("freelb", ON_THE_WAY), ("low", MOVED.replace(memory="low"))):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    assert accelerator.num_processes == 2
+    model = accelerator.prepare(tiny_models.bert().double())
+    objective = AcceleratedObjective(model, config, accelerator=accelerator)
+    for part in parts:
+        with accelerator.accumulate(model):
+            objective.backward(part)
+    assert objective.optimizer_steps == 1
+    save(name, tiny_models.Gradients.of(model).flat())
+"""
+
+LIGHTNING = """
+import lightning
+from test_integration_lightning import Manual, Module, trainer_of
+from torch.utils.data import DataLoader
+class OfTwo(Manual):
+    accumulated = 2
+distributed = dict(strategy="ddp", devices=2, use_distributed_sampler=False)
+for name, config in (("alum", MOVED), ("freelb", ON_THE_WAY), ("low", MOVED.replace(memory="low"))):
+    module = (Module if name == "alum" else OfTwo)(tiny_models.bert().double(), config)
+    accumulated = {{"accumulate_grad_batches": 2}} if name == "alum" else {{}}
+    trainer = trainer_of(folder, **distributed, **accumulated)
+    trainer.fit(module, DataLoader(parts, batch_size=None))
+    assert trainer.world_size == 2
+    save(name, module.gradients[0])
+"""
+
+TRAINER = """
+from pathlib import Path
+from test_integration_own_trainer import CountingTrainer, FocalTrainer
+from tiny_trainer import trainer_of
+from alum_kernels.integrations.transformers import adversarial_trainer
+for name, kind, model, samples in (
+    ("focal", FocalTrainer, tiny_models.bert, CLASSIFICATION),
+    ("counting", CountingTrainer, tiny_models.bert_masked_lm, MASKED_LM),
+):
+    for average in (True, False):
+        trainer, gradients = trainer_of(
+            model().double(), Path(folder), samples, MOVED, adversarial_trainer(kind), per_device_train_batch_size=2,
+            gradient_accumulation_steps=2, average_tokens_across_devices=average, ddp_backend="gloo",
+        )
+        assert trainer.accelerator.num_processes == 2
+        trainer.train()
+        save(f"{{name}}-{{average}}", gradients[0])
+"""
+
+
+def in_two_processes(code: str, folder: Path) -> None:
+    """Runs the code as rank 0 and 1."""
+    code = (PREAMBLE + code).format(tests=str(Path(__file__).parent), folder=str(folder))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    # the variables by which torchrun is recognised
+    elastic = {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ
+            | address
+            | elastic
+            | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.parametrize("loop", ["accelerate", "lightning"])
+def test_two_processes_leave_the_gradients_of_the_plain_loop(loop, tmp_path):
+    pytest.importorskip(loop)
+    in_two_processes(ACCELERATE if loop == "accelerate" else LIGHTNING, tmp_path)
+    for name, config in (("alum", MOVED), ("freelb", ON_THE_WAY), ("low", MOVED.replace(memory="low"))):
+        expected = plain_gradients(tiny_models.bert().double(), [BATCH], config)
+        assert_same([torch.load(tmp_path / f"{name}.pt")], expected)
+
+
+def test_two_processes_leave_the_gradients_of_a_loss_of_ones_own(tmp_path):
+    in_two_processes(TRAINER, tmp_path)
+    for name, kind, model, samples in (
+        ("focal", FocalTrainer, tiny_models.bert, CLASSIFICATION),
+        ("counting", CountingTrainer, tiny_models.bert_masked_lm, MASKED_LM),
+    ):
+        trainer, gradients = trainer_of(model().double(), tmp_path, samples, MOVED, adversarial_trainer(kind))
+        trainer.train()
+        found = {average: torch.load(tmp_path / f"{name}-{average}.pt") for average in (True, False)}
+        assert_same([found[True]], gradients)
+        if name == "focal":  # otherwise each process takes the mean over its own labels
+            assert_same([found[False]], gradients)
