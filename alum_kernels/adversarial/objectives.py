@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from alum_kernels.adversarial.captured import CapturedStep
 from alum_kernels.adversarial.config import AdversarialConfig
@@ -17,6 +17,7 @@ from alum_kernels.adversarial.linear_head import LinearHead
 from alum_kernels.adversarial.local_linearity import check_second_derivatives
 from alum_kernels.adversarial.model_state import RandomState, device_of, has_static_graph, original, unwrap
 from alum_kernels.adversarial.output import AdversarialOutput
+from alum_kernels.adversarial.parallelism import check_parallelism
 from alum_kernels.adversarial.proximal import Teaching
 from alum_kernels.adversarial.run import (
     Backward,
@@ -29,6 +30,7 @@ from alum_kernels.adversarial.run import (
     TaskOptions,
     Update,
 )
+from alum_kernels.adversarial.samples import sample_count
 from alum_kernels.adversarial.schedule import Progress
 from alum_kernels.adversarial.seeds import NoiseSeeds
 from alum_kernels.adversarial.step import RepeatedState, weights_of
@@ -40,11 +42,17 @@ class AdversarialObjective:
     """Wraps a model so that one call computes the adversarial training loss; the training loop stays as it is.
 
     Args:
-        model: a module called as ``model(**batch)``; ``DistributedDataParallel`` around it is seen through.
+        model: a module called as ``model(**batch)``; ``DistributedDataParallel`` around it is seen through, and
+            ``torch.distributed.fsdp.fully_shard`` may be applied to it.
         config: the method and its constants.
         head: a name of :data:`alum_kernels.adversarial.heads.HEADS`; None recognises it from the model's class.
         loss: ``loss(outputs, batch)`` of the task; None takes ``outputs.loss``, which the model computes from labels,
             or the same cross-entropy without the logits.
+        process_group: of the ranks whose gradients are averaged, such as ``torch.distributed.group.WORLD``. Labels and
+            compared rows are then counted over all of them, so that the averaged gradient is that of the whole batch
+            where ranks have different counts too; every rank must make every step. A loss and its parts are the rank's
+            share times the number of ranks: the mean over the ranks is the whole batch's. None divides by the rank's
+            own counts. A loss of your own must be a mean over the labels that the head has in the batch.
 
     A language model whose head is one linear projection is trained without its logits, on the hidden states of the
     compared rows, and a hook on the model sees the logits of a few classes only; where that is not possible it goes
@@ -55,7 +63,9 @@ class AdversarialObjective:
     :meth:`set_progress`.
 
     Raises:
-        ValueError: no head or no input embeddings are recognised, or a fused head was demanded and cannot be.
+        ValueError: no head or no input embeddings are recognised, a fused head was demanded and cannot be, or the model
+            is distributed in a way that is not supported.
+        TypeError: ``process_group`` is none.
 
     Example:
         >>> import torch
@@ -83,15 +93,18 @@ class AdversarialObjective:
         *,
         head: str | None = None,
         loss: LossFunction | None = None,
+        process_group: "distributed.ProcessGroup | None" = None,
     ) -> None:
         self.model = model
         self.config = config
+        self.process_group = _checked(process_group)
+        check_parallelism(model, config, None if process_group is None else process_group.size())
         inner = original(model)
         self.head = _head_of(inner, head, config)
         if config.climbs_linearity:
             check_second_derivatives(inner)
         self.telemetry = Telemetry()
-        self._runner = StepRunner(model, config, self.head, loss, self.telemetry)
+        self._runner = StepRunner(model, config, self.head, loss, self.telemetry, process_group)
         if loss is not None:
             self._runner.refuse_other_losses("loss")
         self._seeds = NoiseSeeds(config.seed)
@@ -115,6 +128,8 @@ class AdversarialObjective:
         backward: Backward | None = None,
         update: Update | None = None,
         samples: Samples | None = None,
+        seed: Tensor | None = None,
+        sample_offset: int | None = None,
     ) -> dict[str, Tensor]:
         """All passes of one batch, backward included; gradients are in ``.grad``, as after ``loss.backward()``.
 
@@ -124,13 +139,20 @@ class AdversarialObjective:
             backward: how to differentiate, such as ``accelerator.backward``; None calls ``Tensor.backward``.
             update: a step of the optimizer, with zeroed gradients after it, for methods that replay a batch
                 (``config.backward == "replay"``); called between replays, the update after the last is the caller's.
-            samples: as of :meth:`forward`.
+            samples, seed, sample_offset: as of :meth:`forward`.
 
         Returns:
             Detached device scalars ``loss``, ``task_loss`` and ``divergence``, before ``scale``.
         """
         differentiate = backward or Tensor.backward
-        output = self.forward(batch, backward=lambda loss: differentiate(loss * scale), update=update, samples=samples)
+        output = self.forward(
+            batch,
+            seed=seed,
+            sample_offset=sample_offset,
+            backward=lambda loss: differentiate(loss * scale),
+            update=update,
+            samples=samples,
+        )
         differentiate(output.loss * scale)
         return output.figures()
 
@@ -156,7 +178,7 @@ class AdversarialObjective:
         run_task: RunTask | None = None,
         standard_loss: bool = False,
         seed: Tensor | None = None,
-        sample_offset: int = 0,
+        sample_offset: int | None = None,
         delta: Sequence[Tensor] | None = None,
         backward: Backward | None = None,
         update: Update | None = None,
@@ -172,9 +194,11 @@ class AdversarialObjective:
             standard_loss: the loss of ``run_task`` is the model's own mean over the labels, so that a linear head may
                 stand in for it.
             seed: one-element int64 tensor, see :meth:`draw_seed`; None draws one. Batches that are accumulated into one
-                optimizer step share a seed and differ in ``sample_offset``; then splitting changes nothing (but which
-                samples ``adversarial_fraction`` chooses, a share of each batch).
-            sample_offset: place of the batch's first sample in the global batch.
+                optimizer step share a seed and differ in ``sample_offset``; then splitting changes nothing. (Which
+                samples an ``adversarial_fraction`` of p / q chooses stays, if all offsets and counts are multiples of
+                q, at most 64; otherwise it is another choice, a share of each batch.)
+            sample_offset: place of the batch's first sample in the global batch. None is 0, or with a process group
+                this rank's number times its samples, as where all ranks have as many.
             delta: a first perturbation for each perturbed module, (B, S, H) fp32 (fp64 for fp64), instead of noise.
             backward: differentiates the loss of every pass but the last, whose loss is returned; needed by methods that
                 train on every pass, and by ``memory="low"``.
@@ -191,6 +215,9 @@ class AdversarialObjective:
             RuntimeError: a perturbed module did not run exactly once in a pass.
         """
         self._check_call(backward, update, samples)
+        if sample_offset is None:
+            group = self.process_group
+            sample_offset = 0 if group is None else group.rank() * sample_count(batch)
         plan = self.begin_step()
         if seed is None and (plan.weights.perturbs or plan.proximal is not None):
             seed = self.draw_seed()
@@ -305,6 +332,13 @@ class AdversarialObjective:
 
     def _now(self) -> Progress:
         return self._progress or Progress(self._steps)
+
+
+def _checked(process_group: Any) -> "distributed.ProcessGroup | None":
+    if process_group is not None and not isinstance(process_group, distributed.ProcessGroup):
+        got = type(process_group).__name__
+        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup that this rank is in, got {got}")
+    return process_group
 
 
 def _head_of(model: nn.Module, name: str | None, config: AdversarialConfig) -> Head | None:

@@ -115,6 +115,8 @@ class AdversarialTrainer(Trainer):
                 f"at each replay of a batch, got {self.args.gradient_accumulation_steps}"
             )
         self.objective = self.create_objective(self.model)
+        if self.objective.process_group is not None:
+            raise ValueError("process_group: expected None of create_objective, since the Trainer counts the labels")
         self._noise_seed: Tensor | None = None
         self._noise_step: tuple[TrainerState, int] | None = None
         self._noise_samples = 0
@@ -247,7 +249,10 @@ class AdversarialTrainer(Trainer):
             )
         kind = str(self.accelerator.distributed_type.value)
         if kind != "NO" and not kind.startswith("MULTI_"):
-            raise ValueError(f"args: expected a single process or DistributedDataParallel, got {kind}")
+            why = ", which was never tested with the Trainer; a loop of your own can use fully_shard"
+            raise ValueError(
+                f"args: expected a single process or DistributedDataParallel, got {kind}{why if kind == 'FSDP' else ''}"
+            )
         for name in ("tp", "cp", "sp"):
             size = getattr(self, f"get_{name}_size", lambda: 1)()
             if size > 1:
