@@ -98,6 +98,9 @@ def count_gathers(mesh: Any, rank: int, ranks: int) -> dict[str, dict[str, tuple
         "alum": MOVED.replace(steps=1),
         "alum, K = 2": MOVED,
         "low memory": MOVED.replace(steps=1, memory="low"),
+        "r3f": AdversarialConfig.r3f(),
+        "pgd": RAW.replace(steps=1),
+        "freelb": ON_THE_WAY.replace(steps=1),
     }
     found: dict[str, dict[str, tuple[int, int]]] = {}
     for name, config in methods.items():

@@ -28,9 +28,7 @@ def test_sharded_ranks_have_the_gradient_of_one_process(ranks, tmp_path):
         expected, loss = gradients(case, case.model())
         for layout, (own, own_loss) in found[name].items():
             where = f"{name}, {layout}"
-            torch.testing.assert_close(
-                own_loss, loss.double(), rtol=1e-8, atol=1e-12, msg=lambda m, n=where: f"{n}: {m}"
-            )
+            assert float(own_loss) == pytest.approx(float(loss), rel=1e-8, abs=1e-12), where
             assert own.keys() == expected.keys(), where
             for parameter, grad in expected.items():
                 torch.testing.assert_close(
@@ -72,6 +70,9 @@ def assert_few_gathers(found: dict[str, dict[str, tuple[int, int]]]) -> None:
         "alum": {"freed": (6, 1), "kept": (3, 1)},
         "alum, K = 2": {"freed": (8, 1), "kept": (4, 1)},
         "low memory": {"freed": (7, 2), "kept": (3, 2)},
+        "r3f": {"freed": (4, 1), "kept": (2, 1)},
+        "pgd": {"freed": (4, 1), "kept": (2, 1)},
+        "freelb": {"freed": (4, 2), "kept": (2, 2)},
     }
 
 
@@ -101,9 +102,9 @@ def test_methods_that_cannot_be_sharded_say_why(why, mesh):
     objective = AdversarialObjective(model, REFUSED[why])
     sharded(model, mesh)
     samples = list(range(4)) if REFUSED[why].delta_lifetime > 1 else None
+    if REFUSED[why].proximal:
+        objective.follow(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match=message):
-        if REFUSED[why].proximal:
-            objective.follow(torch.optim.SGD(model.parameters(), lr=0.1))
         objective.backward(tiny_models.classification_batch(), samples=samples)
 
 
@@ -149,9 +150,7 @@ def test_other_splits_are_refused_by_name(mesh):
     model = tiny_models.bert()
     parallelize_module(model.bert.encoder.layer[0].intermediate, mesh, {"dense": ColwiseParallel()})
     assert not is_fully_sharded(model)
-    with pytest.raises(
-        ValueError, match=r"^model: .* got bert.encoder.layer.0.intermediate.dense.weight split by tensor"
-    ):
+    with pytest.raises(ValueError, match=r"^model: .* got bert.encoder.layer.0.* split by tensor parallelism"):
         AdversarialObjective(model, MOVED)
     both = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensors"))
     model = tiny_models.bert()
