@@ -7,8 +7,10 @@ import rank_cases
 import sharded_cases
 import tiny_models
 import torch
+from accelerate import Accelerator, DistributedType
 from rank_cases import MOVED, gradients, run_ranks
 from sharded_cases import CASES, HALF, sharded
+from tiny_trainer import CLASSIFICATION, trainer_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -16,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.adversarial.captured import obstacle
 from alum_kernels.adversarial.parallelism import check_parallelism, is_fully_sharded
+from alum_kernels.integrations.transformers import AdversarialTrainer
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -142,6 +145,23 @@ def test_steps_of_sharded_models_and_of_groups_are_not_captured(mesh):
         AdversarialObjective(tiny_models.bert(), MOVED, process_group=torch.distributed.group.WORLD),
     ):
         assert obstacle(objective, None) == "ranks talk to each other in a step, which is not captured"
+
+
+def test_the_trainer_refuses_what_it_was_never_tested_with(mesh, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"^model: expected one without fully_shard, which was never tested"):
+        trainer_of(sharded(tiny_models.bert(), mesh), tmp_path, CLASSIFICATION)
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+        with pytest.raises(ValueError, match=r"^args: .* got FSDP, which was never tested .* can use fully_shard$"):
+            trainer_of(tiny_models.bert(), tmp_path, CLASSIFICATION)
+    group = torch.distributed.group.WORLD
+    monkeypatch.setattr(
+        AdversarialTrainer,
+        "create_objective",
+        lambda self, model: AdversarialObjective(model, self.adversarial, process_group=group),
+    )
+    with pytest.raises(ValueError, match=r"^process_group: expected None of create_objective, since the Trainer"):
+        trainer_of(tiny_models.bert(), tmp_path, CLASSIFICATION)
 
 
 def test_other_splits_are_refused_by_name(mesh):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.labels import IGNORED_LABEL
 from alum_kernels.adversarial.objectives import AdversarialObjective
+from alum_kernels.adversarial.parallelism import is_fully_sharded
 
 try:
     from accelerate.utils import find_batch_size
@@ -253,6 +254,8 @@ class AdversarialTrainer(Trainer):
             raise ValueError(
                 f"args: expected a single process or DistributedDataParallel, got {kind}{why if kind == 'FSDP' else ''}"
             )
+        if is_fully_sharded(self.model):
+            raise ValueError("model: expected one without fully_shard, which was never tested with the Trainer")
         for name in ("tp", "cp", "sp"):
             size = getattr(self, f"get_{name}_size", lambda: 1)()
             if size > 1:
