@@ -32,6 +32,7 @@ HALF = {
     "classification": Case("classification", MOVED.replace(std=0.1, step_size=0.2, epsilon=0.2)),
     "low memory": Case("masked_lm", MOVED.replace(std=0.1, step_size=0.2, epsilon=0.2, memory="low", **LOGITS)),
 }
+ASCENT = {"bf16": Case("classification", MOVED.replace(std=0.1, step_size=0.2, epsilon=0.2, ascent_dtype="bfloat16"))}
 
 
 def sharded(model: nn.Module, mesh: Any, *, units: bool = True, embeddings: bool = False, **options: Any) -> nn.Module:
@@ -72,6 +73,9 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     found["half"] = {
         name: gradients(case, sharded(case.model().float(), mesh, mp_policy=half), rank, ranks)[0]
         for name, case in HALF.items()
+    }
+    found["ascent"] = {
+        name: gradients(case, sharded(case.model().float(), mesh), rank, ranks)[0] for name, case in ASCENT.items()
     }
     found["gathers"] = count_gathers(mesh, rank, ranks)
     return found

@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from accelerate import Accelerator, DistributedType
 from rank_cases import MOVED, gradients, run_ranks
-from sharded_cases import CASES, HALF, sharded
+from sharded_cases import ASCENT, CASES, HALF, sharded
 from tiny_trainer import CLASSIFICATION, trainer_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -41,6 +41,9 @@ def test_sharded_ranks_have_the_gradient_of_one_process(ranks, tmp_path):
     assert ran > len(CASES)
     assert found["logits"] == ["fully_shard gathers the weight of its output projection in forward passes only"]
     compare_half(found["half"])
+    for name, own in found["ascent"].items():
+        expected, _ = gradients(ASCENT[name], ASCENT[name].model().float())
+        assert distance(own, expected) < 1e-4, name
     assert_few_gathers(found["gathers"])
 
 
