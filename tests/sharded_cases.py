@@ -25,7 +25,6 @@ CASES = {
     "pgd, raw gradient": Case("classification", RAW),
     "depth": Case("classification", MOVED.replace(ascent_depth=1)),
     "fraction": Case("masked_lm", MOVED.replace(adversarial_fraction=0.5, **LOGITS), EVEN),
-    "one side": Case("classification", AdversarialConfig.vat(std=0.1, step_size=0.2, epsilon=0.2)),
     "a rank without labels": Case("masked_lm", MOVED.replace(**LOGITS), UNEVEN, unlabelled=3),
 }
 HALF = {
