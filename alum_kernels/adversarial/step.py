@@ -143,7 +143,7 @@ class Step:
                 result = self.task(self.model, self.whole)
             if self.sub_batch is not None:
                 result, embeds = self.sub_batch.selected(result, embeds)
-        result = self.weighted(result)
+        result = self.among_ranks(result)
         for index, tensor in enumerate(embeds):
             self.perturbation.record(index, tensor.detach())
         # what independent dropout did before the site is not what it does in the next pass
@@ -172,9 +172,9 @@ class Step:
         with self._perturbed(replace):
             result = self.task(model, self.part)
         self.hooks.check_calls()
-        return self.weighted(result)
+        return self.among_ranks(result)
 
-    def weighted(self, task: TaskPass) -> TaskPass:
+    def among_ranks(self, task: TaskPass) -> TaskPass:
         """A pass over the whole batch, whose means weigh as much as this rank has of the labels of all ranks."""
         return task if self.ranks is None else self.ranks.of_task(task)
 

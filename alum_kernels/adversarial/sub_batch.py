@@ -54,7 +54,7 @@ class Choice(NamedTuple):
 def choose(batch: Mapping[str, Any], fraction: float, seed: Tensor, sample_offset: int) -> Choice | None:
     """``round(fraction B)`` of B samples, one at least; None where all are chosen.
 
-    A function of the seed and of the samples' places in the global batch, those with the largest keys of each block;
+    A function of the seed and of the samples' places in the global batch, those with the smallest keys of each block;
     nothing waits for the device.
     """
     count = sample_count(batch)
@@ -71,7 +71,7 @@ def choose(batch: Mapping[str, Any], fraction: float, seed: Tensor, sample_offse
         stream=SELECTION_STREAM,
         sample_offset=sample_offset,
     )
-    order = keys.view(-1, block).argsort(dim=1, descending=True, stable=True)
+    order = keys.view(-1, block).argsort(dim=1, stable=True)
     order = order + torch.arange(0, count, block, device=seed.device).unsqueeze(1)
     index, rest = order[:, :of_block].flatten().sort().values, order[:, of_block:].flatten().sort().values
     # of the whole blocks before this batch, so many were chosen
