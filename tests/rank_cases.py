@@ -39,6 +39,7 @@ class Case:
         shares: for each number of ranks, how many samples each has.
         options: of ``DistributedDataParallel``.
         unlabelled: samples from this one on have no label.
+        recomputes: layers are recomputed in the backward.
     """
 
     task: str
@@ -46,6 +47,7 @@ class Case:
     shares: dict[int, tuple[int, ...]] = field(default_factory=lambda: UNEVEN)
     options: dict[str, bool] = field(default_factory=dict)
     unlabelled: int | None = None
+    recomputes: bool = False
 
     def batch(self) -> dict[str, Tensor]:
         """All samples, float64."""
@@ -65,7 +67,10 @@ class Case:
             return tiny_models.BagOfEmbeddings().double()
         if self.task == "pretraining":
             return tiny_models.bert_pretraining().double()
-        return tiny_models.make("gpt2" if self.task == "causal_lm" else "bert", self.task, dtype=torch.float64)
+        model = tiny_models.make("gpt2" if self.task == "causal_lm" else "bert", self.task, dtype=torch.float64)
+        if self.recomputes:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
 
     def share(self, rank: int, ranks: int) -> tuple[dict[str, Tensor], int]:
         """The samples of one rank, and the place of the first."""
@@ -92,6 +97,8 @@ CASES = {
     "llr": Case("classification", AdversarialConfig.llr()),
     "low memory": Case("classification", MOVED.replace(memory="low")),
     "low memory, masked_lm": Case("masked_lm", MOVED.replace(memory="low")),
+    "signal check": Case("classification", MOVED.replace(signal_check_interval=1)),
+    "recomputed": Case("classification", recomputes=True),
     "depth": Case("classification", MOVED.replace(ascent_depth=1)),
     "fraction": Case("masked_lm", MOVED.replace(adversarial_fraction=0.5), EVEN),
     "fraction, logits": Case("masked_lm", MOVED.replace(adversarial_fraction=0.5, **LOGITS), EVEN),

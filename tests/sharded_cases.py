@@ -23,6 +23,8 @@ CASES = {
     "masked_lm, low memory": Case("masked_lm", MOVED.replace(memory="low", **LOGITS)),
     "freelb": Case("classification", ON_THE_WAY),
     "pgd, raw gradient": Case("classification", RAW),
+    "signal check": Case("classification", MOVED.replace(signal_check_interval=1)),
+    "recomputed": Case("classification", recomputes=True),
     "depth": Case("classification", MOVED.replace(ascent_depth=1)),
     "fraction": Case("masked_lm", MOVED.replace(adversarial_fraction=0.5, **LOGITS), EVEN),
     "a rank without labels": Case("masked_lm", MOVED.replace(**LOGITS), UNEVEN, unlabelled=3),
