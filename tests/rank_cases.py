@@ -119,8 +119,10 @@ CASES = {
 }
 
 
-def gradients(case: Case, model: nn.Module, rank: int = 0, ranks: int = 1) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients by name of the second of two equal steps, and its loss, averaged over ranks."""
+def gradients(
+    case: Case, model: nn.Module, rank: int = 0, ranks: int = 1, *, steps: int = 1
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients by name of the last of so many equal steps, and its loss, averaged over ranks."""
     group = distributed.group.WORLD if ranks > 1 else None
     plain = {"head": "classification", "loss": cross_entropy} if case.task == "bag" else {}
     objective = AdversarialObjective(model, case.config, process_group=group, **plain)
@@ -128,7 +130,7 @@ def gradients(case: Case, model: nn.Module, rank: int = 0, ranks: int = 1) -> tu
     if case.config.proximal:
         objective.follow(torch.optim.SGD(model.parameters(), lr=0.1))
         move(model)  # away from its teacher
-    for _ in range(2):  # a static graph is recorded in the first
+    for _ in range(steps):
         model.zero_grad()
         figures = objective.backward(own, seed=torch.tensor([SEED]), sample_offset=begin)
     objective.remove_hooks()
@@ -192,7 +194,8 @@ def in_parallel(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, case in CASES.items():
         model = nn.parallel.DistributedDataParallel(case.model(), **case.options)
-        found[name] = gradients(case, model, rank, ranks)
+        recorded = case.options.get("static_graph", False)  # in the first step
+        found[name] = gradients(case, model, rank, ranks, steps=2 if recorded else 1)
     found["refused"] = refusals()
     found["not finite"] = not_finite(rank, ranks)
     return found
