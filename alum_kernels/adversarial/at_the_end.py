@@ -105,6 +105,8 @@ def _ascend_task(step: Step) -> Tensor:
 
         with torch.enable_grad():
             loss = step.run_task(step.inner, replace).loss
+        if step.ranks is not None:
+            loss = loss / step.ranks.ranks  # the sum over ranks is the mean that is climbed
         step.perturbation.climb(step.gradients(loss, [leaves[index] for index in range(len(leaves))]))
         start = loss.detach() if start is None else start
     return start

@@ -21,6 +21,7 @@ from alum_kernels.adversarial.cuda_graphs import CudaGraphs
 from alum_kernels.adversarial.linear_head import LinearHead
 from alum_kernels.adversarial.model_state import RandomState, device_of, unwrap
 from alum_kernels.adversarial.output import AdversarialOutput
+from alum_kernels.adversarial.parallelism import is_fully_sharded
 from alum_kernels.adversarial.run import Draw, Plan, Samples, TaskOptions, Update
 from alum_kernels.adversarial.step import RepeatedState
 from alum_kernels.adversarial.telemetry import Telemetry
@@ -39,6 +40,7 @@ class Objective(Protocol):
     config: AdversarialConfig
     telemetry: Telemetry
     linear_head: LinearHead | None
+    process_group: Any
 
     def backward(
         self,
@@ -327,6 +329,8 @@ def obstacle(objective: Objective, optimizer: torch.optim.Optimizer | None) -> s
     config = objective.config
     if objective.model is not unwrap(objective.model):
         return "the model is in DistributedDataParallel, which is not captured"
+    if objective.process_group is not None or is_fully_sharded(objective.model):
+        return "ranks talk to each other in a step, which is not captured"
     if config.backward != "final":
         return f"{config.method} trains on every pass of its ascent"
     if config.climbs_linearity:

@@ -138,7 +138,8 @@ class AdversarialConfig(Presets):
             layers, which perturbed passes then skip. Another regulariser: the lower layers and the embeddings are
             trained by it, but not probed.
         adversarial_fraction: share of each batch's samples, chosen at random, that the divergence is computed on. Its
-            sum is divided by that share of all rows, so that the expected gradient is that of the whole batch.
+            sum is divided by that share of all rows, so that the expected gradient is that of the whole batch. Of p / q
+            with q <= 64, p of each q consecutive samples where batches begin and end at multiples of q.
         adversarial_interval: the adversarial terms are there in every so-manieth optimizer step only, with so many
             times their weight: the mean over the steps is the same, where the model stands still.
         delta_lifetime: so many visits of a sample its perturbation serves: climbed at the first, taken as it is at the

@@ -37,11 +37,15 @@ class FusedHead:
         self._verified = False
         self.linear = self._find(config, own_loss)
 
-    def of_batch(self, model: nn.Module, batch: Mapping[str, Any], own_loss: bool) -> LinearHead | None:
+    def of_batch(
+        self, model: nn.Module, batch: Mapping[str, Any], own_loss: bool, *, sharded: bool = False
+    ) -> LinearHead | None:
         """The linear head, if this batch can go through it; the first one with a label decides for all."""
         if self.linear is None:
             return None
-        if has_static_graph(model):
+        if sharded:
+            self.linear = self._refuse("fully_shard gathers the weight of its output projection in forward passes only")
+        elif has_static_graph(model):
             self.linear = self._refuse(
                 "a static graph of DistributedDataParallel counts on the loss of its own outputs"
             )

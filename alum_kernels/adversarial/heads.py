@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from alum_kernels.adversarial.labels import IGNORED_LABEL, without_labels
 from alum_kernels.adversarial.model_state import unwrap
 from alum_kernels.adversarial.positions import continued_positions, visible_positions
+from alum_kernels.adversarial.samples import sample_count
 from alum_kernels.ops.checks import check_choice
 from alum_kernels.ops.squared_error import squared_error
 from alum_kernels.ops.symmetric_kl import js, kl, squared_hellinger, symmetric_kl, symmetric_kl_grad
@@ -200,6 +201,13 @@ class Head:
             visible = visible_positions(batch, "decoder_attention_mask")
             return self.labels(batch) != IGNORED_LABEL if visible is None else visible
         return visible_positions(batch)
+
+    def row_count(self, batch: Mapping[str, Any], positions: str = "labelled") -> Tensor | int:
+        """How many rows are compared; this is one of ``parts``."""
+        mask = self.row_mask(batch, positions)
+        if mask is not None:
+            return (mask != 0).sum()
+        return self.labels(batch).numel() if self.name in _POSITION_HEADS else sample_count(batch)
 
     def divergence(
         self,

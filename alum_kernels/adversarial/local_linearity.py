@@ -122,7 +122,7 @@ def _run_clean(step: Step) -> tuple[TaskPass, list[Tensor]]:
     with torch.enable_grad(), step.hooks.replacing(watch):
         task = step.task(step.inner, step.whole)
     step.hooks.check_calls()
-    return task, [live[index] for index in range(len(live))]
+    return step.among_ranks(task), [live[index] for index in range(len(live))]
 
 
 def _local_linearity(step: Step, task: TaskPass, live: list[Tensor]) -> tuple[Tensor, Tensor]:

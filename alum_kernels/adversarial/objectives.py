@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from alum_kernels.adversarial.captured import CapturedStep
 from alum_kernels.adversarial.config import AdversarialConfig
@@ -19,6 +19,7 @@ from alum_kernels.adversarial.local_linearity import check_second_derivatives
 from alum_kernels.adversarial.model_state import RandomState, device_of, has_static_graph, original, unwrap
 from alum_kernels.adversarial.out_of_memory import memory_advice
 from alum_kernels.adversarial.output import AdversarialOutput
+from alum_kernels.adversarial.parallelism import check_parallelism
 from alum_kernels.adversarial.proximal import Teaching
 from alum_kernels.adversarial.run import (
     Backward,
@@ -31,6 +32,7 @@ from alum_kernels.adversarial.run import (
     TaskOptions,
     Update,
 )
+from alum_kernels.adversarial.samples import sample_count
 from alum_kernels.adversarial.schedule import Progress
 from alum_kernels.adversarial.seeds import NoiseSeeds
 from alum_kernels.adversarial.step import RepeatedState, weights_of
@@ -42,11 +44,17 @@ class AdversarialObjective:
     """Wraps a model so that one call computes the adversarial training loss; the training loop stays as it is.
 
     Args:
-        model: a module called as ``model(**batch)``; ``DistributedDataParallel`` around it is seen through.
+        model: a module called as ``model(**batch)``; ``DistributedDataParallel`` around it is seen through, and
+            ``torch.distributed.fsdp.fully_shard`` may be applied to it.
         config: the method and its constants.
         head: a name of :data:`alum_kernels.adversarial.heads.HEADS`; None recognises it from the model's class.
         loss: ``loss(outputs, batch)`` of the task; None takes ``outputs.loss``, which the model computes from labels,
             or the same cross-entropy without the logits.
+        process_group: of the ranks whose gradients are averaged, such as ``torch.distributed.group.WORLD``. Labels and
+            compared rows are then counted over all of them, so that the averaged gradient is that of the whole batch
+            where ranks have different counts too; every rank must make every step. A loss and its parts are the rank's
+            share times the number of ranks: the mean over the ranks is the whole batch's. None divides by the rank's
+            own counts. A loss of your own must be a mean over the labels that the head has in the batch.
 
     A language model whose head is one linear projection is trained without its logits, on the hidden states of the
     compared rows, and a hook on the model sees the logits of a few classes only; where that is not possible it goes
@@ -58,7 +66,8 @@ class AdversarialObjective:
 
     Raises:
         ValueError: no head or no input embeddings are recognised, a fused head was demanded and cannot be, or the model
-            is in ``DataParallel``.
+            is distributed in a way that is not supported, such as ``DataParallel``.
+        TypeError: ``process_group`` is none.
 
     Example:
         >>> import torch
@@ -86,15 +95,18 @@ class AdversarialObjective:
         *,
         head: str | None = None,
         loss: LossFunction | None = None,
+        process_group: "distributed.ProcessGroup | None" = None,
     ) -> None:
         self.model = model
         self.config = config
+        self.process_group = _checked(process_group)
+        check_parallelism(model, config, None if process_group is None else process_group.size())
         inner = original(model)
         self.head = _head_of(inner, head, config)
         if config.climbs_linearity:
             check_second_derivatives(inner)
         self.telemetry = Telemetry()
-        self._runner = StepRunner(model, config, self.head, loss, self.telemetry)
+        self._runner = StepRunner(model, config, self.head, loss, self.telemetry, process_group)
         if loss is not None:
             self._runner.refuse_other_losses("loss")
         self._seeds = NoiseSeeds(config.seed)
@@ -120,7 +132,7 @@ class AdversarialObjective:
         samples: Samples | None = None,
         *,
         seed: Tensor | None = None,
-        sample_offset: int = 0,
+        sample_offset: int | None = None,
     ) -> dict[str, Tensor]:
         """All passes of one batch, backward included; gradients are in ``.grad``, as after ``loss.backward()``.
 
@@ -171,7 +183,7 @@ class AdversarialObjective:
         loss_without_logits: bool = False,
         task_keys: Collection[str] = (),
         seed: Tensor | None = None,
-        sample_offset: int = 0,
+        sample_offset: int | None = None,
         delta: Sequence[Tensor] | None = None,
         backward: Backward | None = None,
         update: Update | None = None,
@@ -191,8 +203,11 @@ class AdversarialObjective:
             task_keys: entries of the batch, besides labels, that only ``run_task`` reads and other passes go without.
             seed: one-element int64 tensor, see :meth:`draw_seed`; None draws one. Batches that are accumulated into one
                 optimizer step share a seed and differ in ``sample_offset`` (:class:`alum_kernels.NoisePlace`); then
-                splitting changes nothing (but which samples ``adversarial_fraction`` chooses, a share of each batch).
-            sample_offset: place of the batch's first sample in the global batch.
+                splitting changes nothing. (Which samples an ``adversarial_fraction`` of p / q chooses stays, if all
+                offsets and counts are multiples of q, at most 64; otherwise it is another choice, a share of each
+                batch.)
+            sample_offset: place of the batch's first sample in the global batch. None is 0, or with a process group
+                this rank's number times its samples, as where all ranks have as many.
             delta: a first perturbation for each perturbed module, (B, S, H) fp32 (fp64 for fp64), instead of noise.
             backward: differentiates the loss of every pass but the last, whose loss is returned; needed by methods that
                 train on every pass, and by ``memory="low"``.
@@ -210,6 +225,9 @@ class AdversarialObjective:
             torch.OutOfMemoryError, RuntimeError, MemoryError: an allocator's, see :meth:`memory_advice`.
         """
         self._check_call(backward, update, samples)
+        if sample_offset is None:
+            group = self.process_group
+            sample_offset = 0 if group is None else group.rank() * sample_count(batch)
         plan = self.begin_step()
         if seed is None and (plan.weights.perturbs or plan.proximal is not None):
             seed = self.draw_seed()
@@ -330,6 +348,13 @@ class AdversarialObjective:
 
     def _now(self) -> Progress:
         return self._progress or Progress(self._steps)
+
+
+def _checked(process_group: Any) -> "distributed.ProcessGroup | None":
+    if process_group is not None and not isinstance(process_group, distributed.ProcessGroup):
+        got = type(process_group).__name__
+        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup that this rank is in, got {got}")
+    return process_group
 
 
 def _head_of(model: nn.Module, name: str | None, config: AdversarialConfig) -> Head | None:

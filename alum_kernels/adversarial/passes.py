@@ -29,13 +29,15 @@ class TaskPass(NamedTuple):
         loss: the task's.
         outputs: what the model returned.
         predictions: of the samples that are perturbed.
-        shares: (heads,) factors of the mean divergences over these samples' rows; None where they are all samples.
+        shares: (heads,) factors of the mean divergences over these samples' rows; None where each is 1.
+        part_losses: the mean of each part of the loss, where they were taken one by one.
     """
 
     loss: Tensor
     outputs: Any
     predictions: list[Prediction]
     shares: Tensor | None = None
+    part_losses: Sequence[Tensor] = ()
 
 
 class LogitPasses:
@@ -116,18 +118,18 @@ class LinearPasses:
         outputs, captured = self._capture(forward)
         return self._read(outputs, captured, _gathered(captured, self._compared))
 
-    def run_clean(self, forward: Callable[[], Any]) -> tuple[Tensor, Any, list[Prediction]]:
+    def run_clean(self, forward: Callable[[], Any]) -> TaskPass:
         """Task loss, outputs without logits, and predictions of the clean pass."""
         outputs, captured = self._capture(forward)
         labelled = _gathered(captured, self._labelled)
         compared = labelled if self._compared is self._labelled else _gathered(captured, self._compared)
-        loss = self._task_loss(outputs, captured, labelled)
+        losses = self._task_losses(outputs, captured, labelled)
         predictions = self._read(outputs, captured, compared)
         if isinstance(outputs, Mapping):
             outputs[self._tokens.field] = None
         else:
             setattr(outputs, self._tokens.field, None)
-        return loss, outputs, predictions
+        return TaskPass(sum(losses[1:], losses[0]), outputs, predictions, part_losses=losses)
 
     def run_task(self, task: Callable[[], tuple[Tensor, Any]]) -> tuple[Tensor, Any, list[Prediction]]:
         """Task loss and outputs as ``task`` gives them, and predictions of its pass.
@@ -147,8 +149,8 @@ class LinearPasses:
         mismatch = self._linear.mismatch(captured, self._tokens.logits(outputs))
         if mismatch is not None:
             return mismatch
-        loss = self._task_loss(outputs, captured, _gathered(captured, self._labelled))
-        if not losses_agree(loss_of(own), loss, captured):
+        losses = self._task_losses(outputs, captured, _gathered(captured, self._labelled))
+        if not losses_agree(loss_of(own), sum(losses), captured):
             return "its loss is not the mean cross-entropy of its labels"
         return None
 
@@ -173,18 +175,22 @@ class LinearPasses:
     def _of_rows(self, part: Head, captured: Captured, compared: Tensor) -> Prediction:
         return Prediction(part, compared, self._compared.valid, linear=self._linear, captured=captured)
 
-    def _task_loss(self, outputs: Any, captured: Captured, labelled: Tensor) -> Tensor:
-        """Mean cross-entropy of the labels, zero where there is none; the sum over ``num_items_in_batch`` if given."""
+    def _task_losses(self, outputs: Any, captured: Captured, labelled: Tensor) -> list[Tensor]:
+        """Of each part, the tokens' first: the mean cross-entropy of the labels.
+
+        Of tokens, zero where there is none; the sum over ``num_items_in_batch`` if that is given.
+        """
         with self._linear.autocast(captured):
             total = self._linear.cross_entropy(labelled, self._labels)
         items = self._batch.get("num_items_in_batch")
         loss = total / (self._labelled.count() if items is None else items)
         if self._labelled.overflow is not None:
             loss = torch.where(self._labelled.overflow, torch.nan, loss)
-        for part, labels in self._other_labels.items():
-            logits = part.logits(outputs)
-            loss = loss + functional.cross_entropy(widened(logits), labels)
-        return loss
+        others = [
+            functional.cross_entropy(widened(part.logits(outputs)), labels)
+            for part, labels in self._other_labels.items()
+        ]
+        return [loss, *others]
 
 
 Passes = LogitPasses | LinearPasses

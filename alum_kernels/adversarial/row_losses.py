@@ -6,6 +6,7 @@ regression     squared error, the mean over the predicted numbers
 A row is a sample, or a position of a head that predicts at each position.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,12 @@ from alum_kernels.adversarial.labels import IGNORED_LABEL
 def widened(tensor: Tensor) -> Tensor:
     """fp32, or fp64 where it is that."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def weighted_mean(mean: Tensor, weight: Tensor) -> Tensor:
+    """``weight`` times a mean, fp32 (fp64 for fp64); of weight 0 the mean may be 0 / 0, and gets a zero gradient."""
+    wide = widened(mean)
+    return torch.where(weight > 0, wide, 0) * weight.to(wide.dtype)
 
 
 def part_weight(head: Head) -> float:
@@ -50,7 +57,28 @@ def label_count(head: Head, batch: Mapping[str, Any]) -> Tensor | int:
 
 def counts_of(targets: Sequence[Tensor]) -> Tensor:
     """(B,) labels of each sample that count; of several parts, the most."""
-    return torch.stack([(part != IGNORED_LABEL).view(part.shape[0], -1).sum(1) for part in targets]).amax(0)
+    # a batch may be empty, of which -1 would be no size
+    flat = [part.reshape(part.shape[0], math.prod(part.shape[1:])) for part in targets]
+    return torch.stack([(part != IGNORED_LABEL).sum(1) for part in flat]).amax(0)
+
+
+def own_targets(part: Head, batch: Mapping[str, Any], length: int) -> tuple[Tensor, int]:
+    """Targets of one part of a head as the models' own loss counts them, and the target that it ignores.
+
+    An answer that lies outside of the ``length`` positions counts in none of the two means; one in the padding does.
+    """
+    if part.name == "question_answering":
+        return part.answer_positions(batch).clamp(0, length), length
+    return part.labels(batch), IGNORED_LABEL
+
+
+def label_sum(part: Head, outputs: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Sum of one part's cross-entropies as the models' own loss takes them, and over how many labels."""
+    logits = part.logits(outputs)
+    targets, ignored = own_targets(part, batch, logits.shape[1])
+    flat = logits.flatten(0, -2)
+    loss = functional.cross_entropy(flat, targets.flatten(), ignore_index=ignored, reduction="sum")
+    return loss, (targets != ignored).sum()
 
 
 def fitted(part: Head, targets: Tensor, logits: Tensor) -> Tensor:

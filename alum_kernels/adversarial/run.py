@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from alum_kernels.adversarial.ascent_precision import AscentPrecision
 from alum_kernels.adversarial.at_the_end import train_at_the_end
@@ -27,9 +27,11 @@ from alum_kernels.adversarial.model_state import (
     original,
 )
 from alum_kernels.adversarial.on_the_way import train_on_the_way
+from alum_kernels.adversarial.parallelism import check_parallelism, is_fully_sharded
 from alum_kernels.adversarial.passes import LinearPasses, LogitPasses, Part, TaskPass, loss_of
 from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
 from alum_kernels.adversarial.proximal import BregmanProximal
+from alum_kernels.adversarial.ranks import RankCounts, RankWeights
 from alum_kernels.adversarial.sample_losses import SampleLosses
 from alum_kernels.adversarial.samples import sample_count
 from alum_kernels.adversarial.sites import perturbed_sites
@@ -111,6 +113,7 @@ class StepRunner:
         head: what it predicts, None where no predictions are compared.
         loss: the task's, None for the model's own.
         telemetry: takes the figures.
+        process_group: labels are counted over it; None for this rank alone.
 
     Attributes:
         hooks: at the perturbed sites.
@@ -124,6 +127,7 @@ class StepRunner:
         head: Head | None,
         loss: LossFunction | None,
         telemetry: Telemetry,
+        process_group: "distributed.ProcessGroup | None" = None,
     ) -> None:
         inner = original(model)
         self._inner, self._config, self._head, self._loss, self._telemetry = inner, config, head, loss, telemetry
@@ -141,6 +145,11 @@ class StepRunner:
         self._constants = DeviceConstants(config)
         self._deltas = DeltaStore(config.delta_lifetime) if config.delta_lifetime > 1 else None
         self.fused = FusedHead(model, head, config, own_loss=loss is None)
+        self._counts = None
+        if process_group is not None:
+            self._counts = RankCounts(process_group, head, config.positions, compares=config.compares)
+        self._seen: nn.Module | None = None
+        self._sharded = False
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -178,10 +187,16 @@ class StepRunner:
             random: makes the state of dropout's generators that passes repeat.
         """
         config = self._config
+        self._see(model)
         if not options.own_loss:
             self.refuse_other_losses("run_task")
+        ranks = None
+        if self._counts is not None:
+            if self._loss is not None or not options.own_loss:
+                self._refuse_several_parts()
+            ranks = self._counts.weights(batch, device_of(self._inner))
         with dropout_off(model) if config.dropout == "off" else nullcontext():
-            linear = self.fused.of_batch(model, batch, options.leaves_logits)
+            linear = self.fused.of_batch(model, batch, options.leaves_logits, sharded=self._sharded)
 
             room = None
             if linear is not None and config.labelled_capacity is not None:
@@ -200,16 +215,17 @@ class StepRunner:
                 if linear is not None and not options.own_loss:
                     return TaskPass(*part.passes.run_task(lambda: options.run_task(model, part.batch)))
                 if linear is not None:
-                    return TaskPass(*part.passes.run_clean(lambda: model(**part.inputs)))
+                    return part.passes.run_clean(lambda: model(**part.inputs))
                 loss, outputs = (options.run_task or self._run_task)(model, part.batch)
                 return TaskPass(loss, outputs, [] if part.passes is None else part.passes.read(outputs))
 
             whole = make_part(batch)
             if plan.weights.perturbs or plan.proximal is not None:
-                result = self._run_step(model, whole, make_part, task, plan, draw, options, random)
+                result = self._run_step(model, whole, make_part, task, plan, draw, options, random, ranks)
             else:
-                loss, outputs, *_ = task(model, whole)
-                result = StepResult(plan.weights.clean * loss, loss, outputs)
+                done = task(model, whole)
+                done = done if ranks is None else ranks.of_task(done)
+                result = StepResult(plan.weights.clean * done.loss, done.loss, done.outputs)
         if config.dropout == "off" and result.loss.requires_grad:
             dropout_off_in_backward(model, result.loss)
         return result
@@ -224,6 +240,7 @@ class StepRunner:
         draw: Draw,
         options: TaskOptions,
         random: Callable[[torch.device], RepeatedState],
+        ranks: RankWeights | None,
     ) -> StepResult:
         config, delta = self._config, draw.delta
         sub_batch = self._sub_batch(whole, make_part, draw, options) if config.adversarial_fraction < 1 else None
@@ -232,6 +249,7 @@ class StepRunner:
             config, delta = config.replace(steps=0, delta_lifetime=1, ascent_dtype=None), kept
         perturbed = whole if sub_batch is None else sub_batch.chosen
         known = {**perturbed.inputs, **perturbed.batch}
+        sample_offset = draw.sample_offset if sub_batch is None else sub_batch.noise_offset
         step = Step(
             config=config,
             model=model,
@@ -239,16 +257,18 @@ class StepRunner:
             whole=whole,
             task=task,
             perturbation=Perturbation(
-                config, self._constants, self.hooks.sites, known, draw.seed, draw.sample_offset, delta
+                config, self._constants, self.hooks.sites, known, draw.seed, sample_offset, delta
             ),
             random=random(device_of(self._inner)) if config.dropout == "shared" else None,
             telemetry=self._telemetry,
             weights=plan.weights,
-            sample_losses=SampleLosses(self._head, whole.batch) if config.climbs_linearity else None,
+            sample_losses=self._sample_losses(whole.batch, ranks) if config.climbs_linearity else None,
             check_signal=plan.check_signal,
             precision=self._precision,
             sub_batch=sub_batch,
             lower=self._lower,
+            ranks=ranks,
+            sharded=self._sharded,
         )
         result = self._train(step, plan.proximal, options)
         if step.config.delta_lifetime > 1:
@@ -269,8 +289,13 @@ class StepRunner:
     ) -> SubBatch | None:
         if draw.delta is not None:
             raise ValueError("delta: expected None with adversarial_fraction < 1, which chooses its samples at random")
-        indices = choose(whole.batch, self._config.adversarial_fraction, draw.seed, draw.sample_offset)
-        if indices is None:
+        choice = choose(whole.batch, self._config.adversarial_fraction, draw.seed, draw.sample_offset)
+        if choice is None:
+            if self._sharded:
+                raise ValueError(
+                    "adversarial_fraction: expected a batch of which fewer than all samples are chosen under "
+                    f"fully_shard, where every rank makes the same passes, got {sample_count(whole.batch)} samples"
+                )
             return None
         splits = self._config.dropout == "shared"
         if splits and not (self._loss is None and options.own_loss):
@@ -278,7 +303,18 @@ class StepRunner:
                 "loss: expected the model's own with adversarial_fraction < 1 and dropout='shared', whose clean pass "
                 "runs in two parts; dropout='independent' or 'off' takes any"
             )
-        return sub_batch_of(self._head, whole, indices, make_part, splits=splits)
+        return sub_batch_of(self._head, whole, choice, make_part, splits=splits)
+
+    def _see(self, model: nn.Module) -> None:
+        """Take note of how a model is distributed, when it is first trained."""
+        if model is self._seen:
+            return
+        check_parallelism(model, self._config, None if self._counts is None else self._counts.ranks)
+        self._sharded = is_fully_sharded(model)
+        self._seen = model
+
+    def _sample_losses(self, batch: Mapping[str, Any], ranks: RankWeights | None) -> SampleLosses:
+        return SampleLosses(self._head, batch, None if ranks is None else ranks.samples)
 
     def refuse_other_losses(self, argument: str) -> None:
         """A loss that is not the head's own cannot be taken apart into samples."""
@@ -286,6 +322,14 @@ class StepRunner:
             raise ValueError(
                 f"{argument}: expected the model's own loss with ascent='linearity', which takes the loss of each "
                 "sample from logits and labels, got another loss"
+            )
+
+    def _refuse_several_parts(self) -> None:
+        """A loss that is not the head's own cannot be taken apart into means over different labels."""
+        if self._head is not None and len(self._head.parts) > 1:
+            raise ValueError(
+                f"loss: expected the model's own with a process_group for a {self._head.name} head, whose parts have "
+                "different counts of labels, got another loss"
             )
 
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:

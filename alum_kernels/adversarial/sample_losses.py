@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.labels import IGNORED_LABEL
-from alum_kernels.adversarial.row_losses import counts_of, fitted, part_weight, row_losses, targets_of
+from alum_kernels.adversarial.row_losses import counts_of, fitted, part_weight, row_losses, targets_of, weighted_mean
 
 
 class SampleLosses:
@@ -24,15 +24,16 @@ class SampleLosses:
     Args:
         head: the model's.
         batch: arguments of the model, labels included.
+        weight: 0-d factor of means, of a rank among others; None for 1.
 
     Raises:
         ValueError: the batch lacks the head's labels.
     """
 
-    def __init__(self, head: Head, batch: Mapping[str, Any]) -> None:
+    def __init__(self, head: Head, batch: Mapping[str, Any], weight: Tensor | None = None) -> None:
         self._parts = head.parts
         self._labels = [targets_of(part, batch) for part in self._parts]
-        self._weight = part_weight(head)
+        self._weight, self._of_rank = part_weight(head), weight
         self._counts = None if head.name == "regression" else counts_of(self._labels)
 
     def __call__(self, logits: Sequence[Tensor]) -> Tensor:
@@ -53,8 +54,10 @@ class SampleLosses:
         The mean of the losses is then the task's loss, and micro-batches that are weighted by their labels add up.
         """
         if self._counts is None:
-            return values.mean()
-        return torch.where(self._counts > 0, values * self._counts, 0).sum() / self._counts.sum().clamp(min=1)
+            mean = values.mean()
+        else:
+            mean = torch.where(self._counts > 0, values * self._counts, 0).sum() / self._counts.sum().clamp(min=1)
+        return mean if self._of_rank is None else weighted_mean(mean, self._of_rank)
 
 
 def _of_samples(part: Head, logits: Tensor, labels: Tensor) -> Tensor:

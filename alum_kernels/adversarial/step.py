@@ -18,6 +18,7 @@ from alum_kernels.adversarial.passes import Part, TaskPass
 from alum_kernels.adversarial.perturbation import Perturbation
 from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE, Prediction, in_fp16, mean_divergences
 from alum_kernels.adversarial.proximal import BregmanProximal
+from alum_kernels.adversarial.ranks import RankWeights
 from alum_kernels.adversarial.row_losses import widened
 from alum_kernels.adversarial.sample_losses import SampleLosses
 from alum_kernels.adversarial.schedule import Progress
@@ -95,6 +96,8 @@ class Step:
         precision: context of the ascent's passes.
         sub_batch: the samples that are perturbed; None for all.
         lower: layers below the perturbed site that perturbed passes skip; None for none.
+        ranks: what this rank's means weigh among those of others; None where they count alone.
+        sharded: parameters are gathered in forward passes only, so no module runs outside of one.
         clean_tensors: the tensor at each site in the clean pass, part of its graph; the perturbed passes take them up.
             Empty where they make their own.
     """
@@ -113,6 +116,8 @@ class Step:
     precision: Callable[[], AbstractContextManager[None]] = nullcontext
     sub_batch: SubBatch | None = None
     lower: LowerLayers | None = None
+    ranks: RankWeights | None = None
+    sharded: bool = False
     clean_tensors: list[Tensor] = field(default_factory=list, init=False)
 
     @property
@@ -139,6 +144,7 @@ class Step:
                 result = self.task(self.model, self.whole)
             if self.sub_batch is not None:
                 result, embeds = self.sub_batch.selected(result, embeds)
+        result = self.among_ranks(result)
         for index, tensor in enumerate(embeds):
             self.perturbation.record(index, tensor.detach())
         # what independent dropout did before the site is not what it does in the next pass
@@ -149,7 +155,7 @@ class Step:
     def _run_clean_parts(self, sub: SubBatch) -> tuple[TaskPass, list[Tensor]]:
         """The task at the clean point in two parts, from one look-up of the embeddings where there can be one."""
         ids = self.whole.inputs.get("input_ids")
-        embeds = self.hooks.look_up(ids)
+        embeds = None if self.sharded else self.hooks.look_up(ids)
 
         def looked_up(part: Part, index: Tensor) -> AbstractContextManager[None]:
             if embeds is None:
@@ -167,7 +173,11 @@ class Step:
         with self._perturbed(replace):
             result = self.task(model, self.part)
         self.hooks.check_calls()
-        return result
+        return self.among_ranks(result)
+
+    def among_ranks(self, task: TaskPass) -> TaskPass:
+        """A pass over the whole batch, whose means weigh as much as this rank has of the labels of all ranks."""
+        return task if self.ranks is None else self.ranks.of_task(task)
 
     def predict(self, model: nn.Module, replace: Replace) -> list[Prediction]:
         """What ``model`` predicts at a perturbed point."""
@@ -179,7 +189,8 @@ class Step:
         self.restore()
         with torch.no_grad():
             teacher = self.whole.passes.run(lambda: proximal.forward(self.whole.inputs))
-        return mean_divergences(task.predictions, teacher, self.config, gradient="detach_clean").sum()
+        means = mean_divergences(task.predictions, teacher, self.config, gradient="detach_clean")
+        return means.sum() if task.shares is None else (means * task.shares).sum()
 
     def run_first_layer(self, first_layer: FirstLayer, upstream: Tensor) -> list[Tensor]:
         """Gradients of ``upstream`` . (first layer's output) to the perturbed tensors at the next point."""

@@ -6,21 +6,27 @@ Each sample is as likely to be chosen as any other, so the expectation over the 
 whole batch, also where samples have different numbers of rows (tokens). (The mean over the chosen rows would be a ratio
 of two random numbers, and biased.)
 
+Where the fraction is p / q in lowest terms, q <= 64, and a batch begins and ends at multiples of q in the global batch,
+p samples are chosen of each q consecutive places. That is a function of the global batch alone: splitting it over ranks
+or accumulated batches at such places changes neither what is chosen nor its noise. Elsewhere the choice is among the
+whole batch at hand, which is unbiased too, but another one when the batch is split otherwise.
+
 With shared dropout a perturbed pass repeats the masks of the clean pass, which are drawn for a batch of its size: the
 clean pass then runs in two parts, the chosen samples and the rest.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.passes import Part, TaskPass
-from alum_kernels.adversarial.row_losses import label_count, part_weight
+from alum_kernels.adversarial.row_losses import label_count, label_sum, part_weight
 from alum_kernels.adversarial.samples import sample_count, select_samples
 from alum_kernels.ops.noise_init import noise_init
 
@@ -28,16 +34,35 @@ SELECTION_STREAM = 2**31 - 1
 """Stream of the noise that chooses; perturbed sites have 0, 1, ..."""
 
 
-def choose(batch: Mapping[str, Any], fraction: float, seed: Tensor, sample_offset: int) -> tuple[Tensor, Tensor] | None:
-    """Indices of the chosen samples and of the rest, both rising; None where all are chosen.
+LARGEST_BLOCK = 64
+"""Places of the global batch that are chosen among at once, at the most."""
 
-    ``round(fraction B)`` of B samples, one at least. A function of the seed and of the samples' places in the global
-    batch; nothing waits for the device.
+
+class Choice(NamedTuple):
+    """Which samples of a batch are perturbed.
+
+    Attributes:
+        index, rest: (m,) and (B - m,) places in the batch of the chosen and of the others, both rising, int64.
+        noise_offset: place of the first chosen one's noise in that of the global batch.
+    """
+
+    index: Tensor
+    rest: Tensor
+    noise_offset: int
+
+
+def choose(batch: Mapping[str, Any], fraction: float, seed: Tensor, sample_offset: int) -> Choice | None:
+    """``round(fraction B)`` of B samples, one at least; None where all are chosen.
+
+    A function of the seed and of the samples' places in the global batch, those with the smallest keys of each block;
+    nothing waits for the device.
     """
     count = sample_count(batch)
     chosen = max(round(fraction * count), 1)
     if chosen >= count:
         return None
+    strata = _strata(fraction, count, sample_offset)
+    block, of_block = strata or (count, chosen)
     keys = noise_init(
         torch.zeros(count, 1, 1, device=seed.device),
         std=1.0,
@@ -46,8 +71,19 @@ def choose(batch: Mapping[str, Any], fraction: float, seed: Tensor, sample_offse
         stream=SELECTION_STREAM,
         sample_offset=sample_offset,
     )
-    order = keys.flatten().argsort()
-    return order[:chosen].sort().values, order[chosen:].sort().values
+    order = keys.view(-1, block).argsort(dim=1, stable=True)
+    order = order + torch.arange(0, count, block, device=seed.device).unsqueeze(1)
+    index, rest = order[:, :of_block].flatten().sort().values, order[:, of_block:].flatten().sort().values
+    # of the whole blocks before this batch, so many were chosen
+    return Choice(index, rest, sample_offset if strata is None else sample_offset // block * of_block)
+
+
+def _strata(fraction: float, count: int, sample_offset: int) -> tuple[int, int] | None:
+    """(q, p) of the fraction p / q, where whole blocks of q places are before and in a batch; None elsewhere."""
+    ratio = Fraction(fraction).limit_denominator(LARGEST_BLOCK)
+    p, q = ratio.numerator, ratio.denominator
+    whole = count % q == 0 and sample_offset % q == 0
+    return (q, p) if whole and math.isclose(p / q, fraction, rel_tol=1e-12) else None
 
 
 @dataclass(frozen=True)
@@ -57,7 +93,7 @@ class SubBatch:
     Attributes:
         head: what the model predicts.
         chosen, rest: each, with what reads its predictions.
-        chosen_index, rest_index: (m,) and (B - m,) places in the batch, int64.
+        chosen_index, rest_index, noise_offset: as of :class:`Choice`.
         splits: the clean pass runs in two parts.
     """
 
@@ -66,6 +102,7 @@ class SubBatch:
     rest: Part
     chosen_index: Tensor
     rest_index: Tensor
+    noise_offset: int
     splits: bool
 
     @property
@@ -79,7 +116,7 @@ class SubBatch:
         rows = [part.rows() for part in task.predictions]
         of_chosen = [_select_rows(tensor, self.chosen_index, self._samples) for tensor in embeds]
         shares = self._shares([part.rows() for part in chosen], rows, task.loss)
-        return TaskPass(task.loss, task.outputs, chosen, shares), of_chosen
+        return task._replace(predictions=chosen, shares=shares), of_chosen
 
     def joined(self, chosen: TaskPass, rest: TaskPass) -> TaskPass:
         """A clean pass in two parts as one; losses are weighted by their labels, as the mean over the batch does."""
@@ -135,13 +172,8 @@ class SubBatch:
         """
         means = []
         for part in self.head.parts:
-            losses, counts = [], []
-            for side, given in zip((self.chosen, self.rest), outputs, strict=True):
-                logits = part.logits(given)
-                outside = logits.shape[1]
-                positions = part.answer_positions(side.batch).clamp(0, outside)
-                losses.append(cross_entropy(logits, positions, ignore_index=outside, reduction="sum"))
-                counts.append((positions < outside).sum())
+            pairs = zip((self.chosen, self.rest), outputs, strict=True)
+            losses, counts = zip(*(label_sum(part, given, side.batch) for side, given in pairs), strict=True)
             means.append(sum(losses) / sum(counts).clamp(min=1))
         return part_weight(self.head) * sum(means)
 
@@ -167,7 +199,7 @@ class SubBatch:
 def sub_batch_of(
     head: Head,
     whole: Part,
-    indices: tuple[Tensor, Tensor],
+    choice: Choice,
     make_part: Callable[[Mapping[str, Any]], Part],
     *,
     splits: bool,
@@ -177,7 +209,7 @@ def sub_batch_of(
     Args:
         head: what the model predicts.
         whole: the batch.
-        indices: as of :func:`choose`.
+        choice: which samples are perturbed.
         make_part: makes a :class:`Part` of a batch.
         splits: the clean pass runs in two parts.
 
@@ -190,8 +222,9 @@ def sub_batch_of(
             "losses have different counts, got 'shared'"
         )
     count = sample_count(whole.batch)
+    indices = choice.index, choice.rest
     parts = [make_part(select_samples(whole.batch, index, count)) for index in indices]
-    return SubBatch(head, *parts, *indices, splits)
+    return SubBatch(head, *parts, *indices, choice.noise_offset, splits)
 
 
 def _select_rows(tensor: Tensor, index: Tensor, samples: int) -> Tensor:

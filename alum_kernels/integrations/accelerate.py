@@ -135,4 +135,7 @@ class AcceleratedObjective(AdversarialObjective):
 def other_distribution(accelerator: Accelerator) -> str | None:
     """How an accelerator distributes, where that is neither one process nor ``DistributedDataParallel``."""
     kind = str(accelerator.distributed_type.value)
-    return None if kind == "NO" or kind.startswith("MULTI_") else kind
+    if kind == "NO" or kind.startswith("MULTI_"):
+        return None
+    never = ", which was never tested with Accelerate; a loop of your own can use fully_shard"
+    return kind + never if kind == "FSDP" else kind

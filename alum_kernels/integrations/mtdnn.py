@@ -242,11 +242,6 @@ class SmartPerturbation:
 
     def _pass_of(self, model: nn.Module, network: tuple[Any, ...]) -> Pass:
         inner = unwrap(model)
-        if isinstance(inner, nn.DataParallel):
-            raise TypeError(
-                "model: expected one module, or DistributedDataParallel around it, got DataParallel, whose replicas "
-                "have hooks and embeddings of their own"
-            )
         own_calls = "fwd_type" in inspect.signature(original(model).forward).parameters
         hooks = self._hooks_on(original(model), own_calls)
         if hooks is None:

@@ -27,6 +27,7 @@ from alum_kernels.adversarial.labels import IGNORED_LABEL
 from alum_kernels.adversarial.model_state import original, unwrap
 from alum_kernels.adversarial.noise_place import NoisePlace
 from alum_kernels.adversarial.objectives import AdversarialObjective
+from alum_kernels.adversarial.parallelism import is_fully_sharded
 
 try:
     from accelerate.utils import find_batch_size
@@ -143,6 +144,8 @@ class AdversarialTrainerMixin:
         return model
 
     def _take(self, objective: AdversarialObjective) -> None:
+        if objective.process_group is not None:
+            raise ValueError("process_group: expected None of create_objective, since the Trainer counts the labels")
         self._task.check(objective)
         self.objective = objective
         self._noise = NoisePlace(objective, self.accelerator.process_index, self.accelerator.num_processes)
@@ -297,6 +300,8 @@ class AdversarialTrainerMixin:
         kind = other_distribution(self.accelerator)
         if kind is not None:
             raise ValueError(f"args: expected a single process or DistributedDataParallel, got {kind}")
+        if is_fully_sharded(self.model):
+            raise ValueError("model: expected one without fully_shard, which was never tested with the Trainer")
         for name in ("tp", "cp", "sp"):
             size = getattr(self, f"get_{name}_size", lambda: 1)()
             if size > 1:

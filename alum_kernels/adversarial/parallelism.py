@@ -1,0 +1,127 @@
+"""How a model is spread over processes, and what cannot be done with it then.
+
+``DistributedDataParallel`` is seen through: all passes but one of a step go through the module inside. ``fully_shard``
+(FSDP2) is part of the module itself, whose layers gather their parameters in every pass, so every rank must make the
+same passes, and no pass may stop in the middle or use parameters from outside of a forward.
+
+Whatever class is looked for can only be there if its package was imported, so none is imported here.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.model_state import original, unwrap
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether ``torch.distributed.fsdp.fully_shard`` was applied to a model or to a part of it."""
+    kind = _imported("torch.distributed.fsdp", "FSDPModule")
+    return kind is not None and any(isinstance(module, kind) for module in model.modules())
+
+
+def check_parallelism(model: nn.Module, config: AdversarialConfig, ranks: int | None) -> None:
+    """What no step is right with, or was ever tested with, by name.
+
+    Args:
+        model: as it is trained.
+        config: the method.
+        ranks: size of the process group that labels are counted over, None for no such group.
+
+    Raises:
+        ValueError: the model is distributed in another way than by ``DistributedDataParallel`` or ``fully_shard``, the
+            method does not go with ``fully_shard``, or the model's gradients are averaged over other ranks.
+    """
+    _refuse_other_kinds(model)
+    averaged = None
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        averaged = model.process_group.size()
+    elif is_fully_sharded(model):
+        averaged = _shards(model)
+        reason = _obstacle_of_sharding(config)
+        if reason is not None:
+            raise ValueError(f"model: expected DistributedDataParallel, or no fully_shard, for {reason}")
+    else:
+        _refuse_tensor_parallel_layers(original(model))
+    if ranks is not None and averaged is not None and averaged != ranks:
+        raise ValueError(
+            f"process_group: expected the {averaged} ranks over which the model's gradients are averaged, got {ranks}"
+        )
+
+
+def _refuse_other_kinds(model: nn.Module) -> None:
+    unwrap(model)  # DataParallel
+    first = _imported("torch.distributed.fsdp", "FullyShardedDataParallel")
+    if first is not None and any(isinstance(module, first) for module in model.modules()):
+        raise ValueError(
+            "model: expected DistributedDataParallel or fully_shard, got FullyShardedDataParallel (FSDP1), whose flat "
+            "parameters serve one forward before a backward, where a step has several; use "
+            "torch.distributed.fsdp.fully_shard"
+        )
+    if any(kind.__module__.split(".")[0] == "deepspeed" for kind in type(model).__mro__):
+        raise ValueError(
+            f"model: expected DistributedDataParallel or fully_shard, got DeepSpeed's {type(model).__name__}, whose "
+            "partitioned parameters and gradients were never tested with several forwards before a backward"
+        )
+
+
+def _refuse_tensor_parallel_layers(model: nn.Module) -> None:
+    """Tensor parallelism is seen through in the output projection only (``linear_head.py``)."""
+    getter = getattr(model, "get_output_embeddings", None)
+    projection = getter() if callable(getter) else None
+    known = set() if projection is None else {id(parameter) for parameter in projection.parameters()}
+    name = next((name for name, parameter in _split_parameters(model) if id(parameter) not in known), None)
+    if name is not None:
+        raise ValueError(
+            "model: expected DistributedDataParallel, fully_shard, or tensor parallelism of the output projection "
+            f"alone, got {name} split by it, which was never tested"
+        )
+
+
+def _obstacle_of_sharding(config: AdversarialConfig) -> str | None:
+    """The method that does not go with ``fully_shard``, and why; None where it does."""
+    if config.climbs_linearity:
+        return f"{config.method}, which differentiates twice, when the parameters of the first backward are freed"
+    if config.inner_steps:
+        return "inner_steps > 0, whose passes stop after the first layer, with parameters gathered and not freed"
+    if config.proximal > 0:
+        return "proximal > 0, whose teacher's weights would be replaced by the gathered ones"
+    if config.delta_lifetime > 1:
+        return "delta_lifetime > 1, by which ranks make different numbers of passes, and would wait for each other"
+    if config.ascent_dtype == "float8":
+        return "ascent_dtype='float8', whose layers read their weights outside of what gathers them"
+    return None
+
+
+def _shards(model: nn.Module) -> int:
+    """Over how many ranks ``fully_shard`` averages gradients.
+
+    Raises:
+        ValueError: parameters are split in another way as well.
+    """
+    sizes = []
+    for name, parameter in _split_parameters(model):
+        replicas = [placement.is_replicate() for placement in parameter.placements]
+        if replicas not in ([False], [True, False]):  # shards, or replicas of shards
+            raise ValueError(
+                f"model: expected fully_shard alone, got {name} with placements {parameter.placements}, as of tensor "
+                "parallelism, which was never tested"
+            )
+        sizes.append(parameter.device_mesh.size())
+    if not sizes:
+        raise ValueError("model: expected parameters that fully_shard splits, got none")
+    return sizes[0]
+
+
+def _split_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and ``DTensor`` parameters."""
+    kind = _imported("torch.distributed.tensor", "DTensor")
+    return (pair for pair in model.named_parameters() if kind is not None and isinstance(pair[1], kind))
+
+
+def _imported(package: str, name: str) -> Any:
+    """A class of a package, None if nothing has imported that."""
+    return getattr(sys.modules.get(package), name, None)
