@@ -302,7 +302,7 @@ def test_calls_are_checked():
         SmartPerturbation().forward(model, clean, *given.values(), task_type=7)
     with pytest.raises(ValueError, match="task_id: expected an index into 1 criteria, got 1"):
         SmartPerturbation(loss_map=[SymKlCriterion()]).forward(model, clean, *given.values(), task_id=1)
-    with pytest.raises(TypeError, match="model: expected one module, or DistributedDataParallel"):
+    with pytest.raises(ValueError, match="model: expected a module or DistributedDataParallel"):
         SmartPerturbation().forward(nn.DataParallel(model), clean, *given.values())
     with pytest.raises(ValueError, match="no module named 'lookup'"):
         SmartPerturbation(modules=("lookup",)).forward(model, clean, *given.values())
