@@ -5,9 +5,11 @@ import configparser
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -17,6 +19,7 @@ import pytest
 
 import alum_kernels
 from alum_kernels import __main__ as command_line
+from alum_kernels.backends import native
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".ci", "alum_kernels", "benchmarks", "csrc", "docs", "examples", "tests")
@@ -65,8 +68,8 @@ def distributions(tree, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(folder: Path, *command: str) -> None:
-    environment = {**os.environ, "ALUM_NATIVE": "0", "ALUM_CUDA": "0"}
+def build(folder: Path, *command: str, native: str = "0") -> None:
+    environment = {**os.environ, "ALUM_NATIVE": native, "ALUM_CUDA": "0"}
     command = (sys.executable, "setup.py", "-q", *command)
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -168,6 +171,38 @@ def test_programs_that_need_a_checkout_say_so(shown):
     assert shown["gpu_check"] == 2
     said = (shown["folder"] / "gpu_check.txt").read_text()
     assert said == "gpu-check: it builds and tests the sources: run make gpu-check in a checkout\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="reading libraries needs readelf")
+@pytest.mark.skipif(native.load()[0] is None, reason=f"native module: {native.load()[1]}")
+def test_a_native_wheel_is_of_one_python_and_platform_and_takes_torch_from_beside_itself(distributions, tmp_path):
+    (root,) = (distributions / "unpacked").iterdir()
+    shutil.copytree(root, tmp_path / "source")
+    build(tmp_path / "source", "bdist_wheel", "--dist-dir", str(tmp_path), native="1")
+    (wheel,) = tmp_path.glob("*.whl")
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name == f"alum_kernels-{alum_kernels.__version__}-{python}-{python}-{platform}.whl"
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(tmp_path / "site")
+    libraries = [path for path in (tmp_path / "site").rglob("*") if ".so" in path.suffixes]
+    (module,) = libraries  # libtorch is torch's to bring: a process must have one of it
+    assert module.parent == tmp_path / "site" / "alum_kernels"
+    assert json.loads((module.parent / "_build.json").read_text()) == {"native": "built"}
+    section = subprocess.run(["readelf", "-d", module], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"\(R(?:UN)?PATH\).*\[(.*)\]", section) == ["$ORIGIN/../torch/lib"]
+    assert {"libtorch.so", "libtorch_cpu.so"} <= set(re.findall(r"\(NEEDED\).*\[(.*)\]", section))
+    loads = "import torch, alum_kernels._C as module; print(module.__file__, module.build_info()['version'])"
+    ran = subprocess.run(
+        [sys.executable, "-c", loads],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.split() == [str(module), alum_kernels.__version__]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.name)
