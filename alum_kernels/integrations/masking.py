@@ -192,7 +192,7 @@ class ProgressiveMaskingCollator(DataCollatorForLanguageModeling):
         self._prepare_draws(inputs, np.random.default_rng)
         return super().numpy_mask_tokens(inputs, special_tokens_mask, offset_mapping)
 
-    def create_rng(self) -> None:
+    def create_rng(self, *_: Any) -> None:
         """Nothing: the parent's generator of a process would repeat its masks in every epoch of fresh workers."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
