@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -121,6 +121,9 @@ class BuildNative(build_ext):
             "ALUM_TORCH_INCLUDE": ";".join(cpp_extension.include_paths("cpu")),
             "ALUM_TORCH_LIB": ";".join(cpp_extension.library_paths("cpu")),
             "ALUM_WERROR": "ON" if os.environ.get("ALUM_WERROR") == "1" else "OFF",
+            # of the torch beside which the package is installed, not of the one that it was built against
+            "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+            "CMAKE_INSTALL_RPATH": "$ORIGIN/../torch/lib",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             **self.cuda_options(),
@@ -140,7 +143,11 @@ class BuildNative(build_ext):
         return {"ALUM_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc, "ALUM_CUDA_ARCHITECTURES": architectures}
 
 
+BENCHMARKS = [f"alum_kernels.{name}" for name in find_packages(str(ROOT), include=["benchmarks*"])]
+
 setup(
+    packages=find_packages(str(ROOT), include=["alum_kernels*"]) + BENCHMARKS,
+    package_dir={"alum_kernels.benchmarks": "benchmarks"},
     ext_modules=[Extension("alum_kernels._C", sources=[], optional=not DEMANDED)] if BUILD_NATIVE else [],
     cmdclass={"build_py": RecordBuild, "build_ext": BuildNative},
 )

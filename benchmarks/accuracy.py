@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.table import Table
+from .table import Table
 
 CLASSES = (2, 3, 64, 65, 1000, 30522, 50257, 128256)
 PERTURBATIONS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 50.0)
@@ -141,7 +141,8 @@ def _worst(figures: list[float]) -> float | None:
 def providers(backends: list[str]) -> dict[str, Divergence]:
     """Eager PyTorch, and the library on each of the backends."""
     from alum_kernels import symmetric_kl
-    from benchmarks.eager_kl import eager_symmetric_kl_rows
+
+    from .eager_kl import eager_symmetric_kl_rows
 
     found: dict[str, Divergence] = {"eager": eager_symmetric_kl_rows}
     for backend in backends:
@@ -225,7 +226,8 @@ def main() -> int:
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, so before the library is imported
     from alum_kernels.ops.dispatch import BACKENDS, unavailable
-    from benchmarks.machine import describe, facts, write_results
+
+    from .machine import describe, facts, write_results
 
     device = torch.device(options.device)
     reasons = {name: unavailable("symmetric_kl", name, device, torch.float32) for name in BACKENDS}

@@ -19,9 +19,10 @@ from torch import Tensor
 from alum_kernels import noise_init, projected_ascent, symmetric_kl, symmetric_kl_grad
 from alum_kernels.ops.dispatch import unavailable
 from alum_kernels.ops.projected_ascent import LEVELS, NORMALIZE, NORMS
-from benchmarks.eager_ascent import eager_noise_and_ascent, eager_noise_init, eager_projected_ascent
-from benchmarks.eager_kl import compiled_symmetric_kl, eager_symmetric_kl, liger_symmetric_kl
-from benchmarks.timing import Call
+
+from .eager_ascent import eager_noise_and_ascent, eager_noise_init, eager_projected_ascent
+from .eager_kl import compiled_symmetric_kl, eager_symmetric_kl, liger_symmetric_kl
+from .timing import Call
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -34,12 +34,13 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
-from benchmarks.estimator_statistics import EstimatorStatistics, Exact, FlatGradient, GradientMoments
-from benchmarks.machine import describe, facts, write_results
-from benchmarks.naive_step import standard_step
-from benchmarks.shapes import MINILM_TASKS, minilm
-from benchmarks.table import Table, ratio
-from benchmarks.timing import Call, measure
+
+from .estimator_statistics import EstimatorStatistics, Exact, FlatGradient, GradientMoments
+from .machine import describe, facts, write_results
+from .naive_step import standard_step
+from .shapes import MINILM_TASKS, minilm
+from .table import Table, ratio
+from .timing import Call, measure
 
 Batch = Mapping[str, Tensor]
 

@@ -143,7 +143,7 @@ def linear_heads(backend: str, device: torch.device) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.every_kernel", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument("--backend", nargs="*", default=["native"], choices=["native", "triton"])
     parser.add_argument("--device", default="cuda")
     chosen = parser.parse_args()

@@ -38,9 +38,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import facts, write_results
-from benchmarks.shapes import SHAPES, Shape, labelled_rows, shapes_named
-from benchmarks.table import Table, ratio
+from .machine import facts, write_results
+from .shapes import SHAPES, Shape, labelled_rows, shapes_named
+from .table import Table, ratio
 
 FRACTION = 0.25
 """rho: the share of the batch that the regulariser of the cheaper step sees."""

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import facts, write_results
+from .checkout import ROOT, is_checkout
+from .machine import facts, write_results
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 REFUSALS = ("Device not supported", "No attachable process", "Unable to find injection library", "LibraryNotLoaded")
@@ -116,13 +116,16 @@ def whole_step(shape: str, providers: tuple[str, ...], output: Path, machine: st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument("--skip", nargs="*", default=[], choices=["build", "tests", "sanitizer", "benchmark"])
     parser.add_argument(
         "--output", type=Path, default=RESULTS, help="folder of the result files (default: %(default)s)"
     )
     chosen = parser.parse_args()
 
+    if not is_checkout():
+        print("gpu-check: it builds and tests the sources: run make gpu-check in a checkout", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("gpu-check: torch sees no CUDA device here (torch.cuda.is_available() is false)", file=sys.stderr)
         return 2

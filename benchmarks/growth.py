@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 from alum_kernels.ops.dispatch import choose
-from benchmarks.cases import COMPILED_ASCENTS, DTYPES, Case, ascent_cases, divergence_cases
-from benchmarks.linear_head import Operands, providers
-from benchmarks.machine import describe, facts, write_results
-from benchmarks.table import Table, milliseconds, ratio
-from benchmarks.timing import Call, is_out_of_memory, measure, peak_memory, times_as_long
+
+from .cases import COMPILED_ASCENTS, DTYPES, Case, ascent_cases, divergence_cases
+from .linear_head import Operands, providers
+from .machine import describe, facts, write_results
+from .table import Table, milliseconds, ratio
+from .timing import Call, is_out_of_memory, measure, peak_memory, times_as_long
 
 AXES = ("N", "V", "H", "S")
 EAGER, OURS = "eager", "ours"

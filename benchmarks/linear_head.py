@@ -40,10 +40,11 @@ from alum_kernels.backends.linear_chunks import (
     wide_product,
 )
 from alum_kernels.ops.dispatch import choose, implementation
-from benchmarks.eager_kl import eager_symmetric_kl
-from benchmarks.machine import describe, facts, write_results
-from benchmarks.table import Table, milliseconds, ratio
-from benchmarks.timing import Call, measure, peak_memory, times_as_long
+
+from .eager_kl import eager_symmetric_kl
+from .machine import describe, facts, write_results
+from .table import Table, milliseconds, ratio
+from .timing import Call, measure, peak_memory, times_as_long
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SECTIONS = ("accuracy", "memory", "time")

@@ -6,7 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 
 from alum_kernels.backends import native
 
-ROOT = Path(__file__).parents[1]
+from .checkout import ROOT, is_checkout
+
 PACKAGES = (
     "alum-kernels", "torch", "triton", "transformers", "liger-kernel", "smart-pytorch", "numpy",
     "scikit-learn", "scipy", "seqeval",
@@ -40,8 +41,8 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> str:
-    """Hash of the checkout, ``+changes`` where files differ from it; ``unknown`` without git."""
-    found = _output("git", "rev-parse", "HEAD")
+    """Hash of the checkout, ``+changes`` where files differ from it; ``unknown`` without git and where installed."""
+    found = _output("git", "rev-parse", "HEAD") if is_checkout() else None
     if not found:
         return "unknown"
     return f"{found}+changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else found
@@ -99,7 +100,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     """Facts of the machine as JSON has them; ``load_average`` tells whether something else was running."""
     module, reason = native.load()
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "device": device.type,
         "cpu": cpu_model(),

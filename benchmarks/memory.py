@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.adversarial.config import PRESETS
 from alum_kernels.adversarial.samples import sample_count, select_samples
-from benchmarks.machine import describe, facts, write_results
-from benchmarks.naive_step import all_positions, class_rows, naive_adversarial_step, standard_step
-from benchmarks.shapes import MINILM_TASKS, minilm
-from benchmarks.table import Table, ratio
-from benchmarks.timing import peak_memory
+
+from .machine import describe, facts, write_results
+from .naive_step import all_positions, class_rows, naive_adversarial_step, standard_step
+from .shapes import MINILM_TASKS, minilm
+from .table import Table, ratio
+from .timing import peak_memory
 
 Batch = Mapping[str, Tensor]
 BatchStep = Callable[[Batch], object]

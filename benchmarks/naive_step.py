@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from benchmarks.eager_kl import eager_symmetric_kl
+from .eager_kl import eager_symmetric_kl
 
 IGNORED_LABEL = -100
 Rows = Callable[[Tensor, Tensor], Tensor]

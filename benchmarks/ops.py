@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, all_cases
-from benchmarks.machine import describe, facts, write_results
-from benchmarks.table import Table, milliseconds, ratio
-from benchmarks.timing import Call, Timing, copy_bandwidth, is_out_of_memory, measure, peak_memory, times_as_long
+from .cases import Case, all_cases
+from .machine import describe, facts, write_results
+from .table import Table, milliseconds, ratio
+from .timing import Call, Timing, copy_bandwidth, is_out_of_memory, measure, peak_memory, times_as_long
 
 OURS = ("native", "triton")
 OTHERS = ("eager", "compile", "liger")

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.flops import FRACTION, forward_of_shape
-from benchmarks.machine import describe, facts, write_results
-from benchmarks.shapes import SHAPES, Shape, labelled_rows, shapes_named
-from benchmarks.table import Table, milliseconds, ratio
-from benchmarks.timing import Call, measure
+from .flops import FRACTION, forward_of_shape
+from .machine import describe, facts, write_results
+from .shapes import SHAPES, Shape, labelled_rows, shapes_named
+from .table import Table, milliseconds, ratio
+from .timing import Call, measure
 
 PARTS = {"standard": 0, "rest": 1, "part": 2, "ascent": 1}
 """The passes that are timed, and how often the step on a part has each."""

@@ -25,9 +25,11 @@ from alum_kernels.corpora import CorpusError
 from alum_kernels.evaluation.quartiles import Quartiles
 from alum_kernels.training.errors import TrainingError
 from alum_kernels.training.models import bundled_model
-from benchmarks.machine import describe, facts, result_path
-from benchmarks.quality_plot import draw
-from benchmarks.quality_results import (
+
+from .checkout import imports_from_examples
+from .machine import describe, facts, result_path
+from .quality_plot import draw
+from .quality_results import (
     MODES,
     Job,
     Results,
@@ -40,11 +42,13 @@ from benchmarks.quality_results import (
     read_results,
     save,
 )
-from benchmarks.quality_task import TaskBench
-from benchmarks.table import Table, ratio
-from examples.fine_tuning import Start
-from examples.glue_tasks import TASKS
-from examples.methods import chosen_methods
+from .quality_task import TaskBench
+from .table import Table, ratio
+
+with imports_from_examples("quality"):
+    from examples.fine_tuning import Start
+    from examples.glue_tasks import TASKS
+    from examples.methods import chosen_methods
 
 METHODS = "standard,r3f,alum_finetuning,alum_linf,alum_sign,smart_proximal,freelb"
 SMALL = {"tasks": "sst2", "seeds": 3, "steps": 40, "epochs": None, "length": 40, "attack_examples": 96, "rounds": 7}
@@ -58,7 +62,7 @@ LEARNING_RATE = 2e-4
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {__spec__.name}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
     def default(name: str) -> str:

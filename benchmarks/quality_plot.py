@@ -4,8 +4,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_results import EQUAL_STEPS, MODES, STANDARD, Results, attacks, main_metric, summary
-from examples.glue_metrics import LABELS
+from .checkout import imports_from_examples
+from .quality_results import EQUAL_STEPS, MODES, STANDARD, Results, attacks, main_metric, summary
+
+with imports_from_examples("quality"):
+    from examples.glue_metrics import LABELS
 
 FILLED = {mode: mode == EQUAL_STEPS for mode in MODES}
 ASIDE = {mode: 0.99 if FILLED[mode] else 1.01 for mode in MODES}

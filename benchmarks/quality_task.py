@@ -15,13 +15,17 @@ from torch import nn
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.corpora import CorpusError
 from alum_kernels.evaluation import accuracy_under_attack
-from benchmarks.quality_results import Job, equal_time_steps
-from benchmarks.timing import Timing, measure
-from examples.encoding import DevSet, dev_set, training_batches
-from examples.fine_tuning import Start, check_methods, evaluate, fine_tune, new_model
-from examples.glue_tasks import REGRESSION, Examples, TaggedSentences, TaskData, read_task
-from examples.methods import method_config
-from examples.training import Batch, Run, adamw, adversarial_objective, placed_on, training_step
+
+from .checkout import imports_from_examples
+from .quality_results import Job, equal_time_steps
+from .timing import Timing, measure
+
+with imports_from_examples("quality"):
+    from examples.encoding import DevSet, dev_set, training_batches
+    from examples.fine_tuning import Start, check_methods, evaluate, fine_tune, new_model
+    from examples.glue_tasks import REGRESSION, Examples, TaggedSentences, TaskData, read_task
+    from examples.methods import method_config
+    from examples.training import Batch, Run, adamw, adversarial_objective, placed_on, training_step
 
 NORMS = ("linf", "l2")
 WARM_UP = 2

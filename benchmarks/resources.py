@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import facts, write_results
-from benchmarks.table import Table
+from .machine import facts, write_results
+from .table import Table
 
 TRITON_TARGETS = (80, 90, 100)
 POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.naive_step import IGNORED_LABEL
+from .naive_step import IGNORED_LABEL
 
 TASKS = ("classification", "masked_lm", "causal_lm")
 CLASSES = 3

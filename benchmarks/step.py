@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.flops import FRACTION, forward_of
-from benchmarks.machine import describe, facts, write_results
-from benchmarks.shapes import SHAPES, Shape, labelled_rows, shapes_for, shapes_named
-from benchmarks.step_profile import StepProfile, profile_step
-from benchmarks.step_providers import (
+from .flops import FRACTION, forward_of
+from .machine import describe, facts, write_results
+from .shapes import SHAPES, Shape, labelled_rows, shapes_for, shapes_named
+from .step_profile import StepProfile, profile_step
+from .step_providers import (
     AT_ALL_POSITIONS,
     CAPTURED,
     ON_A_FRACTION,
@@ -43,8 +43,8 @@ from benchmarks.step_providers import (
     NotRunError,
     Step,
 )
-from benchmarks.table import Table, milliseconds, ratio
-from benchmarks.timing import Call, Timing, measure, peak_memory, times_as_long
+from .table import Table, milliseconds, ratio
+from .timing import Call, Timing, measure, peak_memory, times_as_long
 
 MODES = ("eager", "compiled")
 COMPILING = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True, "skip_nnmodule_hook_guards": False}

@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.timing import Call, peak_of_profile
+from .timing import Call, peak_of_profile
 
 STEP = "benchmarks: step"
 FORWARD = "benchmarks: forward of the model"

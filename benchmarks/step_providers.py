@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.adversarial.captured import WARM_STEPS
-from benchmarks.flops import FRACTION
-from benchmarks.naive_step import (
+
+from .flops import FRACTION
+from .naive_step import (
     Rows,
     all_positions,
     class_rows,
@@ -37,8 +38,8 @@ from benchmarks.naive_step import (
     smart_pytorch_step,
     standard_step,
 )
-from benchmarks.shapes import Shape
-from benchmarks.timing import Call
+from .shapes import Shape
+from .timing import Call
 
 
 class NotRunError(Exception):

@@ -12,7 +12,7 @@ import os
 import pytest
 import torch
 
-from benchmarks.cases import QUICK_ASCENTS, ascent_cases, divergence_cases, noise_cases
+from .cases import QUICK_ASCENTS, ascent_cases, divergence_cases, noise_cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPILED = os.environ.get("ALUM_BENCHMARK_COMPILE") == "1"

@@ -11,8 +11,8 @@ import torch
 
 # from mt_dnn.perturbation import SmartPerturbation
 from alum_kernels.integrations.mtdnn import SmartPerturbation
+from alum_kernels.training.models import bundled_model
 from examples.corpora import docstring_classification
-from examples.fine_tuning import bundled_model
 from examples.training import classification_batches, take
 
 ADV_ALPHA = 1.0

@@ -10,8 +10,8 @@ from torch import Tensor
 
 # from smart_pytorch import SMARTLoss, kl_loss, sym_kl_loss
 from alum_kernels.integrations.smart_pytorch import SMARTLoss, kl_loss, sym_kl_loss
+from alum_kernels.training.models import bundled_model
 from examples.corpora import docstring_classification
-from examples.fine_tuning import bundled_model
 from examples.training import classification_batches, take
 
 WEIGHT = 0.02

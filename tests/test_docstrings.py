@@ -1,9 +1,13 @@
-"""Every example in a docstring of the package runs and prints what it says."""
+"""Every example in a docstring of the package runs and prints what it says; what is public names its arguments."""
 
 import doctest
 import importlib
+import inspect
 import pkgutil
+import re
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -59,3 +63,69 @@ def test_public_names_are_documented(name):
     text = getattr(alum_kernels, name).__doc__
     assert text
     assert text.strip().splitlines()[0].rstrip().endswith((".", ":", "`"))
+
+
+def public_modules() -> list[str]:
+    """The packages that a user imports from, and each integration."""
+    folder = importlib.import_module("alum_kernels.integrations").__path__
+    integrations = [info.name for info in pkgutil.iter_modules(folder, "alum_kernels.integrations.")]
+    return ["alum_kernels", "alum_kernels.evaluation", "alum_kernels.adversarial.presets", *integrations]
+
+
+def exported(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """What a module has in ``__all__``, or else defines under a name without an underscore."""
+    names = [
+        name
+        for name, member in vars(module).items()
+        if not name.startswith("_") and getattr(member, "__module__", None) == module.__name__
+    ]
+    for name in getattr(module, "__all__", names):
+        if callable(getattr(module, name)):
+            yield name, getattr(module, name)
+
+
+def own_methods(kind: type) -> Iterator[str]:
+    """Public methods of a class, without those by which a framework calls it."""
+    foreign = [base for base in kind.__mro__[1:] if not base.__module__.startswith("alum_kernels")]
+    for name in vars(kind):
+        public = not name.startswith("_") and inspect.isroutine(getattr(kind, name))
+        if public and not any(hasattr(base, name) for base in foreign):
+            yield name
+
+
+def unnamed_arguments(function: Callable, text: str) -> list[str]:
+    """Arguments that a docstring does not name, nor that of a function whose arguments it says it has."""
+    for other in re.findall(r"arguments as :(?:func|meth):`([\w.]+)`", text):
+        scope = inspect.getmodule(function)
+        text += getattr(scope, other, None).__doc__ or ""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    arguments = [name for name, one in inspect.signature(function).parameters.items() if one.kind not in variadic]
+    return [name for name in arguments if name != "self" and not re.search(rf"\b{name}\b", text)]
+
+
+@pytest.mark.parametrize("name", public_modules())
+def test_public_docstrings_name_their_arguments(name):
+    module = load(name)
+    missing = {}
+    checked = 0
+    for label, member in exported(module):
+        functions = {label: member}
+        if inspect.isclass(member):
+            functions |= {f"{label}.{method}": getattr(member, method) for method in own_methods(member)}
+            if issubclass(member, BaseException):
+                del functions[label]
+        for place, function in functions.items():
+            checked += 1
+            text = function.__doc__
+            if not text or unnamed_arguments(function, text):
+                missing[place] = unnamed_arguments(function, text) if text else "no docstring"
+    assert checked
+    assert not missing
+
+
+def test_arguments_that_are_not_named_are_found():
+    def documented_elsewhere(adv_logits, extra):
+        """One more; arguments as :func:`load`."""
+
+    assert unnamed_arguments(documented_elsewhere, documented_elsewhere.__doc__) == ["adv_logits", "extra"]
+    assert unnamed_arguments(documented_elsewhere, "``extra`` and ``adv_logits_too``") == ["adv_logits"]

@@ -317,15 +317,31 @@ class AdversarialConfig(Presets):
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "AdversarialConfig":
-        """Raises ValueError for a field that does not exist, naming those that do."""
+        """The config of these fields; the others have their defaults.
+
+        Args:
+            fields: as of :meth:`to_dict`, or some of them.
+
+        Raises:
+            TypeError, ValueError: as the constructor; of a field that does not exist the message names those that do.
+        """
         _check_fields(fields)
         return cls(**fields)
 
     def to_json(self) -> str:
+        """The fields as a JSON object; :meth:`from_json` reads them back."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "AdversarialConfig":
+        """The config of a JSON object.
+
+        Args:
+            text: of :meth:`to_json`, or an object with some of the fields.
+
+        Raises:
+            TypeError, ValueError: no JSON object, or as :meth:`from_dict`.
+        """
         fields = json.loads(text)
         if not isinstance(fields, dict):
             raise ValueError(f"AdversarialConfig: expected a JSON object, got {type(fields).__name__}")

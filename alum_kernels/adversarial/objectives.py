@@ -334,7 +334,11 @@ class AdversarialObjective:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a checkpoint; a teacher in it is taken up by the one that follows the optimizer."""
+        """Take up a checkpoint; a teacher in it is taken up by the one that follows the optimizer.
+
+        Args:
+            state: of :meth:`state_dict`.
+        """
         self._steps = state["steps"]
         self._perturbed_steps = state.get("perturbed_steps", self._steps)
         self._runner.forget()

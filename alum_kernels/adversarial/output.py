@@ -36,7 +36,7 @@ class AdversarialOutput:
 
     @classmethod
     def of(cls, result: StepResult) -> "AdversarialOutput":
-        """What a step gave, all but the loss detached."""
+        """What a step gave (``result``), all but the loss detached."""
         parts = result._asdict()
         loss, outputs = parts.pop("loss"), parts.pop("outputs")
         parts = {name: None if part is None else part.detach() for name, part in parts.items()}

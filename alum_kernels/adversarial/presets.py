@@ -11,7 +11,14 @@ from alum_kernels.ops.checks import check_choice
 
 
 class FreeLBSetting(NamedTuple):
-    """Constants of one GLUE task: ascent steps, step size alpha, length of the first noise, radius epsilon (l2)."""
+    """Constants of one GLUE task (l2).
+
+    Attributes:
+        steps: of the ascent.
+        step_size: the paper's alpha.
+        noise: length of the first perturbation.
+        epsilon: radius of the ball.
+    """
 
     steps: int
     step_size: float
@@ -154,6 +161,9 @@ class Presets:
 
             loss = L(e + delta_K),  delta as in :meth:`freelb`
 
+        Args:
+            task: GLUE task whose constants are taken, of ``FREELB_GLUE``.
+
         Source: Madry et al., arXiv:1706.06083, as compared by Zhu et al., arXiv:1909.11764; constants:
         ``FREELB_GLUE``, whose launch scripts for PGD have the same ones but for CoLA, MNLI and QNLI.
         """
@@ -186,6 +196,9 @@ class Presets:
         batch, as for images, would belong to other tokens. Dropout is drawn anew at each replay. Needs
         :meth:`AdversarialObjective.backward` with ``update=``.
 
+        Args:
+            task: GLUE task whose constants are taken, of ``FREELB_GLUE``.
+
         Source: Shafahi et al., arXiv:1904.12843; constants: ``FREELB_GLUE``.
         """
         ball = _in_l2_ball(_glue_setting(task))
@@ -199,6 +212,9 @@ class Presets:
 
         p comes from the backward that trains; m is ``steps``, n is ``inner_steps``, 3. f_0 ends at the model's first
         transformer layer, or at the module that ``first_layer`` names. Needs :meth:`AdversarialObjective.backward`.
+
+        Args:
+            task: GLUE task whose constants are taken, of ``FREELB_GLUE``.
 
         Source: Zhang et al., arXiv:1905.00877, as compared by Zhu et al., arXiv:1909.11764; constants:
         ``FREELB_GLUE`` (the launch scripts divide the step by n for MRPC, and halve it for RTE).

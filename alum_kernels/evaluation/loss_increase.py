@@ -49,6 +49,9 @@ class LossIncrease:
     def quartiles(self, *, only_correct: bool = True) -> Quartiles:
         """Of the increase, over the samples that the model gets right, or over all that count.
 
+        Args:
+            only_correct: False takes also those that it gets wrong.
+
         Raises:
             ValueError: there is no such sample.
         """
@@ -76,11 +79,11 @@ class LossIncreaseComparison:
         return int(self.shared.sum())
 
     def increases(self, name: str) -> Tensor:
-        """(samples,) increase of a model's loss at the compared samples."""
+        """(samples,) increase of the loss at the compared samples, of the model called ``name``."""
         return self.reports[name].increase[self.shared]
 
     def quartiles(self, name: str) -> Quartiles:
-        """Of a model's increases at the compared samples."""
+        """Of the increases at the compared samples, of the model called ``name``."""
         return Quartiles.of(self.increases(name))
 
 

@@ -8,7 +8,11 @@ from torch import Tensor
 
 
 class Quartiles(NamedTuple):
-    """The quartiles of some numbers; where they fall between two of them, interpolated."""
+    """The quartiles of some numbers; where they fall between two of them, interpolated.
+
+    Attributes:
+        lower, median, upper: a quarter, half and three quarters of the numbers lie below.
+    """
 
     lower: float
     median: float
@@ -16,7 +20,7 @@ class Quartiles(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor | Sequence[float]) -> "Quartiles":
-        """Those of a 1-d tensor or a sequence.
+        """Those of a 1-d tensor or a sequence, ``values``.
 
         Raises:
             ValueError: there are no values.

@@ -151,6 +151,9 @@ class ProgressiveMaskingCollator(DataCollatorForLanguageModeling):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Takes the progress of :meth:`state_dict` up again.
 
+        Args:
+            state: what that gave.
+
         Raises:
             TypeError, ValueError: no such progress.
         """

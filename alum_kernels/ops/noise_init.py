@@ -3,6 +3,8 @@
 What the op computes is stated in ``alum_kernels/backends/reference/noise_init.py``.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,36 @@ def _noise_init_fake(
 ):
     shape = embeds.shape if return_delta else (0,)
     return embeds.new_empty(embeds.shape), embeds.new_empty(shape, dtype=torch.float32)
+
+
+@overload
+def noise_init(
+    embeds: Tensor,
+    *,
+    std: float | Tensor = 1e-5,
+    distribution: str = "normal",
+    mask: Tensor | None = None,
+    seed: Tensor | int | None = None,
+    stream: int = 0,
+    sample_offset: int = 0,
+    return_delta: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def noise_init(
+    embeds: Tensor,
+    *,
+    std: float | Tensor = 1e-5,
+    distribution: str = "normal",
+    mask: Tensor | None = None,
+    seed: Tensor | int | None = None,
+    stream: int = 0,
+    sample_offset: int = 0,
+    return_delta: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def noise_init(

@@ -3,6 +3,8 @@
 What the op computes is stated in ``alum_kernels/backends/reference/projected_ascent.py``.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -106,6 +108,75 @@ def _check_group_radius(epsilon: Tensor | float, norm: str, level: str) -> None:
             f"epsilon: norm='l2' at level={level!r} has one radius a {level}, so expected shape {shape}, "
             f"got {checks.shape_of(epsilon)}"
         )
+
+
+@overload
+def projected_ascent(
+    embeds: Tensor,
+    grad: Tensor,
+    delta: Tensor | None = None,
+    *,
+    seed: Tensor | int | None = None,
+    std: float | Tensor = 1e-5,
+    distribution: str = "normal",
+    stream: int = 0,
+    sample_offset: int = 0,
+    step_size: float | Tensor,
+    epsilon: float | Tensor,
+    norm: str = "linf",
+    normalize: str = "none",
+    level: str = "token",
+    mask: Tensor | None = None,
+    return_delta: Literal[False] = False,
+    return_stats: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def projected_ascent(
+    embeds: Tensor,
+    grad: Tensor,
+    delta: Tensor | None = None,
+    *,
+    seed: Tensor | int | None = None,
+    std: float | Tensor = 1e-5,
+    distribution: str = "normal",
+    stream: int = 0,
+    sample_offset: int = 0,
+    step_size: float | Tensor,
+    epsilon: float | Tensor,
+    norm: str = "linf",
+    normalize: str = "none",
+    level: str = "token",
+    mask: Tensor | None = None,
+    return_delta: Literal[True],
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]: ...
+
+
+@overload
+def projected_ascent(
+    embeds: Tensor,
+    grad: Tensor,
+    delta: Tensor | None = None,
+    *,
+    seed: Tensor | int | None = None,
+    std: float | Tensor = 1e-5,
+    distribution: str = "normal",
+    stream: int = 0,
+    sample_offset: int = 0,
+    step_size: float | Tensor,
+    epsilon: float | Tensor,
+    norm: str = "linf",
+    normalize: str = "none",
+    level: str = "token",
+    mask: Tensor | None = None,
+    return_delta: bool = False,
+    return_stats: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, ...]: ...
 
 
 def projected_ascent(

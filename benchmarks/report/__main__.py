@@ -10,13 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.report.files import ReportError, read
-from benchmarks.report.page import page
+from .files import ReportError, read
+from .page import page
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {__spec__.parent}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="+", type=Path, help="files that the benchmarks wrote with --json")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (%(default)s)")

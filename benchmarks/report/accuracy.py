@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.report.files import ResultFile
-from benchmarks.report.markup import Finding, Html, joined, panels, table, tag
-from benchmarks.report.numbers import error
-from benchmarks.report.svg import Plot, Point, Series, draw, legend_of, log_scale, look
+from .files import ResultFile
+from .markup import Finding, Html, joined, panels, table, tag
+from .numbers import error
+from .svg import Plot, Point, Series, draw, legend_of, log_scale, look
 
 TITLE = "Accuracy"
 INTRO = (

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.report.files import ResultFile
-from benchmarks.report.markup import Bar, Finding, Html, intervals, joined, panels, table, toned
-from benchmarks.report.numbers import number, signed_percent, times
-from benchmarks.report.svg import Plot, Point, Series, draw, legend, linear_scale, log_scale, looks
+from .files import ResultFile
+from .markup import Bar, Finding, Html, intervals, joined, panels, table, toned
+from .numbers import number, signed_percent, times
+from .svg import Plot, Point, Series, draw, legend, linear_scale, log_scale, looks
 
 TITLE = "Estimators"
 INTRO = (

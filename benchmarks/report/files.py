@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.forms import FORMS, OLDER_STEP, FormError, check
+from .forms import FORMS, OLDER_STEP, FormError, check
 
 
 class ReportError(ValueError):

@@ -1,7 +1,7 @@
 """The stages of the check on a CUDA machine."""
 
-from benchmarks.report.files import ResultFile
-from benchmarks.report.markup import Finding, Html, joined, table, tag, toned
+from .files import ResultFile
+from .markup import Finding, Html, joined, table, tag, toned
 
 TITLE = "GPU check"
 INTRO = "Build, tests, sanitizers and benchmarks on a CUDA machine, each passed, failed or not run."

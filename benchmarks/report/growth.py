@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.report.files import ResultFile
-from benchmarks.report.markup import Finding, Html, NotRun, joined, panels, table, tag
-from benchmarks.report.numbers import bytes_tick, count_tick, mebibytes, ms, seconds_tick, span, times
-from benchmarks.report.svg import Plot, Point, Series, draw, legend_of, log_scale, look
+from .files import ResultFile
+from .markup import Finding, Html, NotRun, joined, panels, table, tag
+from .numbers import bytes_tick, count_tick, mebibytes, ms, seconds_tick, span, times
+from .svg import Plot, Point, Series, draw, legend_of, log_scale, look
 
 TITLE = "Growth"
 INTRO = (

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.report.files import ResultFile
-from benchmarks.report.markup import Html, escaped, facts, joined, table, tag
+from .files import ResultFile
+from .markup import Html, escaped, facts, joined, table, tag
 
 TITLE = "Machines"
 OF_A_RUN = ("date", "commit", "load_average")

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.report.files import ResultFile
-from benchmarks.report.markup import Bar, Finding, Html, bars, joined, panels, table, tag
-from benchmarks.report.numbers import DASH, mebibytes, times
-from benchmarks.report.svg import look
+from .files import ResultFile
+from .markup import Bar, Finding, Html, bars, joined, panels, table, tag
+from .numbers import DASH, mebibytes, times
+from .svg import look
 
 TITLE = "Memory of the methods"
 INTRO = (

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from benchmarks.table import milliseconds
+from ..table import milliseconds
 
 DASH = "–"
 

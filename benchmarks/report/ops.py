@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.report.files import ResultFile
-from benchmarks.report.markup import Finding, Html, NotRun, against, escaped, joined, panels, table
-from benchmarks.report.numbers import bytes_tick, mebibytes, ms, percent, span, times
-from benchmarks.report.svg import Plot, Point, Series, draw, legend_of, log_scale, look
+from .files import ResultFile
+from .markup import Finding, Html, NotRun, against, escaped, joined, panels, table
+from .numbers import bytes_tick, mebibytes, ms, percent, span, times
+from .svg import Plot, Point, Series, draw, legend_of, log_scale, look
 
 TITLE = "Ops"
 INTRO = (

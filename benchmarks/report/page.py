@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks.report import (
+from . import (
     accuracy,
     estimators,
     gpu_check,
@@ -17,8 +17,8 @@ from benchmarks.report import (
     resources,
     step,
 )
-from benchmarks.report.files import ResultFile
-from benchmarks.report.markup import Html, findings, joined, table, tag
+from .files import ResultFile
+from .markup import Html, findings, joined, table, tag
 
 SECTIONS: dict[str, ModuleType] = {
     "ops": ops,

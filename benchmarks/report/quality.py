@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.report.files import ResultFile
-from benchmarks.report.markup import Finding, Html, facts, joined, panels, table, tag
-from benchmarks.report.numbers import number, percent, signed_percent, times
-from benchmarks.report.svg import Plot, Point, Series, draw, legend, linear_scale, looks
+from .files import ResultFile
+from .markup import Finding, Html, facts, joined, panels, table, tag
+from .numbers import number, percent, signed_percent, times
+from .svg import Plot, Point, Series, draw, legend, linear_scale, looks
 
 TITLE = "Quality"
 INTRO = (

@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of every compiled kernel."""
 
-from benchmarks.report.files import ResultFile
-from benchmarks.report.markup import Finding, Html, joined, table, toned
+from .files import ResultFile
+from .markup import Finding, Html, joined, table, toned
 
 TITLE = "Resources"
 INTRO = "Read from the machine code of every kernel; spilt is bytes a thread in its stack frame, which must be none."

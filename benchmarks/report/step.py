@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.report.files import ResultFile
-from benchmarks.report.markup import Bar, Finding, Html, NotRun, bars, joined, notice, panels, table, tag
-from benchmarks.report.numbers import DASH, mebibytes, ms, number, percent, span, times
-from benchmarks.report.svg import look
+from .files import ResultFile
+from .markup import Bar, Finding, Html, NotRun, bars, joined, notice, panels, table, tag
+from .numbers import DASH, mebibytes, ms, number, percent, span, times
+from .svg import look
 
 TITLE = "Whole steps"
 INTRO = (

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.report.markup import Html, joined, tag
+from .markup import Html, joined, tag
 
 WIDTH, HEIGHT = 316, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 28, 50
