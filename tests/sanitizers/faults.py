@@ -24,7 +24,7 @@ def outside() -> None:
 
 
 def misaligned() -> None:
-    seed = torch.frombuffer(bytearray(17), dtype=torch.int64, offset=1)
+    seed = torch.frombuffer(bytearray(9), dtype=torch.int64, offset=1)
     noise_init(torch.zeros(1, 1, 8), seed=seed, backend="native")
 
 
