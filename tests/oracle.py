@@ -113,7 +113,7 @@ def unit_noise(
     else:
         radius, turns = np.sqrt(-2 * np.log(v[..., 0::2])), 2 * np.pi * v[..., 1::2]
         noise = np.stack((radius * np.cos(turns), radius * np.sin(turns)), axis=-1)
-    return torch.from_numpy(noise.reshape(batch, length, -1)[..., :hidden].copy())
+    return torch.from_numpy(noise.reshape(batch, length, 4 * groups)[..., :hidden].copy())
 
 
 def _groups(level: str, batch: int, length: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -204,7 +204,8 @@ class LinearDivergence:
     def _chunk(self, chunk: slice | Tensor, logits: Tensor) -> None:
         count = logits.shape[0] // 2
         clean_hidden, adv_hidden = self.hidden[chunk], self.adv_hidden[chunk]
-        if self.row_weight is not None and self.options.masked_rows == "keep":
+        keeps_masked = self.row_weight is not None and self.options.masked_rows == "keep"
+        if keeps_masked:
             counts = (self.row_weight[chunk] != 0).unsqueeze(1)
             clean_hidden, adv_hidden = torch.where(counts, clean_hidden, 0), torch.where(counts, adv_hidden, 0)
         operands = torch.empty((2 * count, self.hidden.shape[1]), dtype=self.dtype, device=self.hidden.device)
@@ -218,6 +219,9 @@ class LinearDivergence:
             wide_product(operands, self.weight.T, out=logits)
         else:
             clean = self.clean_products[chunk]
+            if self.options.soft_cap_at is not None and keeps_masked:
+                # they may hold anything; the row kernel skips them, the passes of the cap do not
+                clean = torch.where(counts, clean, 0)
             wide_product(operands[count:], self.weight.T, out=first)
         if self.options.soft_cap_at is None:
             gradients = self._rows(chunk, first, clean, logits)

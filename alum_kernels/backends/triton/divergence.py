@@ -77,7 +77,10 @@ def kind_of(a, b):
 
 @triton.jit
 def loss_of(kind, loss):
-    """The loss of a row of this kind: NaN without a class that counts, +inf where only one side has one."""
+    """The loss of a row of this kind: NaN without a class that counts, +inf where only one side has one.
+
+    (0 also stands for a row whose clean side has no class: there is no q.)
+    """
     return tl.where(kind == REGULAR, loss, tl.where(kind == 2, INFINITY, float("nan")))
 
 

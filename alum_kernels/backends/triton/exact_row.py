@@ -31,7 +31,7 @@ def tile_shape(columns: int) -> tuple[int, int]:
 @triton.jit
 def analyse_tile(a, b, first, plain, column, inv_temperature, DIVERGENCE: tl.constexpr, DIFFERENCES: tl.constexpr):
     """(loss, statistics, classes, undefined) of a tile of rows from ``read_classes``."""
-    kind = tl.max(kind_of(a, b), 1)[:, None]
+    kind = tl.where(tl.max(b, 1) > -INFINITY, tl.max(kind_of(a, b), 1), 0)[:, None]
     undefined = kind != REGULAR
     dead = (b == -INFINITY) | undefined
     a, b = tl.where(dead, LOWEST, a), tl.where(dead, LOWEST, b)

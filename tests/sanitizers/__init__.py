@@ -1,0 +1,1 @@
+"""The native module under AddressSanitizer and UndefinedBehaviorSanitizer: ``python -m tests.sanitizers``."""
