@@ -1,7 +1,11 @@
 # demo       virtual environment, install, the main job on real text, demo-output/report.html
 # test       virtual environment, install, the tests
 # lint       ruff and clang-format
+# fuzz       $(CASES) random calls of all ops on all backends, judged in float64
+# sanitize   the native module under AddressSanitizer and UndefinedBehaviorSanitizer: its tests, and random calls
 # bench      accuracy, ops and whole steps, and a report of them in $(BENCH): under ten minutes on two CPU cores
+# dist       source distribution and wheel (native where there is a compiler) in dist/
+# docs       API reference in docs-output/
 # gpu-check  on a CUDA machine: build, GPU tests, compute-sanitizer, ops, linear heads, whole steps; needs no network
 #
 # PYTHON     the interpreter to start from (its torch is used if it has one)
@@ -9,12 +13,14 @@
 # WORKERS    test processes (a core each)
 # BENCH      folder for what bench writes
 # ROUNDS     samples of each whole step
+# CASES      random calls of fuzz
 # ARGS       arguments for the demo, such as ARGS="--train train.tsv --dev dev.tsv"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BENCH ?= bench-output
 ROUNDS ?= 15
+CASES ?= 20000
 WORKERS ?= auto
 BIN := $(VENV)/bin
 NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml VERSION $(wildcard csrc/*.cpp csrc/*/*)
@@ -24,7 +30,7 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null),)
 export ALUM_CUDA ?= 0
 endif
 
-.PHONY: demo test test-all lint bench gpu-check clean
+.PHONY: demo test test-all lint fuzz sanitize bench dist docs gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -41,6 +47,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*)
 
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzzing --cases $(CASES)
+
+sanitize: $(VENV)/.test
+	$(BIN)/python -m tests.sanitizers
+
 bench: $(VENV)/.test
 	mkdir -p $(BENCH)
 	$(BIN)/python -m benchmarks.accuracy --quick --backends reference native --json $(BENCH)/accuracy.json
@@ -52,11 +64,18 @@ bench: $(VENV)/.test
 	  --providers standard naive ours "ours, rho 0.25"
 	$(BIN)/python -m benchmarks.report $(BENCH)/*.json --output $(BENCH)/report.html
 
+dist: $(VENV)/.test
+	$(BIN)/pip install -q build auditwheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation --outdir dist .
+
+docs: $(VENV)/.test
+	$(BIN)/python -m docs.api_reference --output docs-output
+
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
-	rm -rf $(VENV) build demo-output bench-output *.egg-info alum_kernels/_C*.so alum_kernels/_build.json
+	rm -rf $(VENV) build dist demo-output bench-output docs-output *.egg-info alum_kernels/_C*.so alum_kernels/_build.json
 
 # setuptools-scm: seqeval comes as a source that is built without isolation.
 # A torch that the interpreter already has is kept, whatever it was built for: the new environment sees the place where it

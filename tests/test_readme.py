@@ -18,7 +18,8 @@ def test_there_is_an_example_of_each_use():
         "noise_init",
         "linear_symmetric_kl",
         "AdversarialObjective",
-        "Trainer",
+        "AdversarialTrainer",
+        "adversarial_trainer",
         "ProgressiveMaskingCollator",
         "capture",
     )
@@ -66,15 +67,18 @@ def test_loop_example(classifier):
     assert not torch.equal(before, classifier.classifier.weight)
 
 
-def test_trainer_example(classifier, tmp_path):
+@pytest.mark.parametrize("block", [3, 4])
+def test_trainer_examples(block, classifier, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     rows = [{"input_ids": [2, 3, 4 + index], "labels": index % 3} for index in range(8)]
     args = transformers.TrainingArguments(
         str(tmp_path), max_steps=2, per_device_train_batch_size=4, logging_steps=1, report_to=[], use_cpu=True
     )
-    names = {"model": classifier, "args": args, "train": rows}
-    exec(BLOCKS[3], names)
+    names = {"model": classifier, "args": args, "train": rows, "TheirTrainer": transformers.Trainer}
+    exec(BLOCKS[block], names)
+    if block == 4:
+        names["trainer"].train()
     logged = [entry for entry in names["trainer"].state.log_history if "loss" in entry]
     assert len(logged) == 2
     assert all(any("ascent_gain" in name for name in entry) for entry in logged)
@@ -85,7 +89,7 @@ def test_pre_training_example():
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
     tokenizer = transformers.BertTokenizer(vocab={word: index for index, word in enumerate(vocabulary)})
     names = {"documents": [["a b c", "d e"] * 50, ["f g h", "a h"] * 50], "tokenizer": tokenizer}
-    exec(BLOCKS[4], names)
+    exec(BLOCKS[5], names)
     state = transformers.TrainerState(global_step=9, max_steps=10)
     names["progress"].on_step_end(None, state, None)
     labels = names["collate"](list(names["pairs"]))["labels"]
@@ -99,5 +103,5 @@ def test_capture_example(classifier):
     adversarial = AdversarialObjective(classifier, AdversarialConfig.alum_finetuning())
     names = {"torch": torch, "model": classifier, "adversarial": adversarial, "batch": batch, "loader": [batch, batch]}
     with pytest.warns(UserWarning, match="CUDA graphs need a GPU"):
-        exec(BLOCKS[5], names)
+        exec(BLOCKS[6], names)
     assert not torch.equal(before, classifier.classifier.weight)
