@@ -19,7 +19,7 @@ HOME_REACH, HOME_CHANGE = 80.0, 60.0
 """Largest logit, and largest difference of two, over the temperature, up to which the promised bounds hold: logits of
 8 randn + 24 and perturbations of 10 randn lie within. Further out the rounding of the logits themselves counts too."""
 FARTHEST = 1e7
-"""From here on the last place of an fp32 logit is a factor of e in a weight: what is finite and regular is not judged."""
+"""From here on the last place of an fp32 logit is a factor of e in a weight: regular rows are not judged."""
 ALLOWED_PLACES = 4.0
 """So many roundings of the logits are let off there."""
 
