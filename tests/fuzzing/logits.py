@@ -137,6 +137,6 @@ def truth(name: str, a: Tensor, b: Tensor, gradient: str, inv_temperature: float
     return Truth(loss, grad_a, grad_b, undefined, dead, alike, weight, slope, reach, change, common)
 
 
-def lay_pair(draw: Draw, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Held, Held]:
+def lay_pair(draw: Draw, a: Tensor, b: Tensor, dtype: torch.dtype, expand: bool = True) -> tuple[Held, Held]:
     """Both sides in layouts of their own."""
-    return draw.lay(a, dtype), draw.lay(b, dtype)
+    return draw.lay(a, dtype, expand=expand), draw.lay(b, dtype, expand=expand)

@@ -57,7 +57,9 @@ def draw(draw: Draw, op: str) -> tuple[Tensors, dict[str, Any]]:
     """Tensors and options of one call."""
     shape = _draw_shape(draw)
     dtype = draw.choice(DTYPES, (6, 2, 2, 1))
-    embeds = draw.normal(*shape) * draw.choice((1.0, draw.size(1e-38, 1e30)))
+    # Triton's interpreter does not round subnormal numbers of bf16 as the hardware does
+    least = 1e-30 if dtype == torch.bfloat16 else 1e-38
+    embeds = draw.normal(*shape) * draw.choice((1.0, draw.size(least, 1e30)))
     if draw.chance(0.1):
         embeds[draw.uniform(*shape) < 0.1] = draw.choice((torch.nan, torch.inf, -torch.inf))
     tensors: Tensors = {"embeds": draw.lay(embeds, dtype), "mask": draw.mask(*shape[:2])}
@@ -199,6 +201,8 @@ def _check_ascent(tensors, options, results, delta, error, kept, judge) -> tuple
     rounding = ROUNDINGS * place * torch.maximum(delta.abs(), (moved - delta).abs()) + error
     shrunk = _shrinking(options, moved, radius)
     tolerance = rounding * shrunk + ROUNDINGS * place * want.abs() + 2.0**-149
+    if options["norm"] == "l2" and wide == torch.float32:  # radius over norm may be subnormal
+        tolerance = tolerance + moved.abs() * 2.0**-149
     if options["norm"] in ("l2", "linf_rescale"):  # the norm of the group is off by what its elements are
         tolerance = tolerance + want.abs() * _relative(rounding, moved, options["level"])
     if "stats" in results:
