@@ -59,6 +59,30 @@ def test_one_new_sample_makes_the_batch_climb():
     assert store.take([0]) is None
 
 
+@pytest.mark.parametrize(
+    ("schedule", "passes"),
+    [
+        # a clean pass and the teacher's in each step; the pass that is trained on, the ascent's
+        ({"start": 0.25}, [2, 2, 4, 3, 4, 3]),
+        ({"alpha_schedule": ((0.0, 0.0), (0.25, 0.0), (1.0, 1.0))}, [2, 2, 2, 4, 3, 4]),
+        ({"adversarial_interval": 2}, [4, 2, 3, 2, 4, 2]),
+    ],
+)
+def test_a_step_for_the_teacher_alone_is_no_visit(schedule, passes):
+    model, batch = tiny_models.bert(), tiny_models.classification_batch()
+    objective = AdversarialObjective(model, MOVED.replace(delta_lifetime=2, proximal=1.0, **schedule))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    objective.follow(optimizer)
+    seen, counts = forwards(model), []
+    for step in range(6):
+        objective.set_progress(step, 8)
+        before = len(seen)
+        objective.backward(batch, samples=range(4))
+        counts.append(len(seen) - before)
+        optimizer.step()
+    assert counts == passes
+
+
 def test_identifiers_are_needed_and_come_from_the_host():
     model, batch = tiny_models.bert(), tiny_models.classification_batch()
     with pytest.raises(ValueError, match=r"^samples: expected an identifier of each sample with delta_lifetime 2"):

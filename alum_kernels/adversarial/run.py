@@ -244,8 +244,10 @@ class StepRunner:
     ) -> StepResult:
         config, delta = self._config, draw.delta
         sub_batch = self._sub_batch(whole, make_part, draw, options) if config.adversarial_fraction < 1 else None
-        samples = [] if self._deltas is None else draw.identifiers(sample_count(whole.batch))
-        if self._deltas is not None and (kept := self._deltas.take(samples)) is not None:
+        # a step that does not perturb (for its teacher alone) neither climbs nor is a visit
+        deltas = self._deltas if plan.weights.perturbs else None
+        samples = [] if deltas is None else draw.identifiers(sample_count(whole.batch))
+        if deltas is not None and (kept := deltas.take(samples)) is not None:
             config, delta = config.replace(steps=0, delta_lifetime=1, ascent_dtype=None), kept
         perturbed = whole if sub_batch is None else sub_batch.chosen
         known = {**perturbed.inputs, **perturbed.batch}
@@ -271,8 +273,8 @@ class StepRunner:
             sharded=self._sharded,
         )
         result = self._train(step, plan.proximal, options)
-        if step.config.delta_lifetime > 1:
-            self._deltas.put(samples, step.perturbation.final_deltas)
+        if deltas is not None and step.config.delta_lifetime > 1:
+            deltas.put(samples, step.perturbation.final_deltas)
         return result
 
     def _train(self, step: Step, proximal: BregmanProximal | None, options: TaskOptions) -> StepResult:
