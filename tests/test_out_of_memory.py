@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 
+import numpy
 import pytest
 import tiny_models
 import torch
@@ -83,6 +84,34 @@ def test_other_errors_are_left_alone(error):
     with pytest.raises(type(error)) as caught:
         objective.backward(tiny_models.classification_batch())
     assert caught.value is error
+
+
+class OfTwoFacts(RuntimeError):
+    """A library's own refusal, which is not made of one message."""
+
+    def __init__(self, wanted: int, had: int) -> None:
+        super().__init__(f"can't allocate memory: {wanted} bytes of {had}")
+
+
+def refused_array() -> MemoryError:
+    """NumPy's own, of a shape and a dtype."""
+    with pytest.raises(MemoryError) as caught:
+        numpy.empty(1 << 55)
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [OfTwoFacts(9, 8), refused_array()], ids=["of two facts", "NumPy's"])
+def test_a_type_that_takes_no_message_is_the_one_below_it(error):
+    kind = MemoryError if isinstance(error, MemoryError) else RuntimeError
+    assert type(error) is not kind
+    model = tiny_models.bert()
+    objective = AdversarialObjective(model, MOVED)
+    refuse(model.classifier, error)
+    with pytest.raises(kind, match=r"^out of memory in a step over a batch of .* = \(4, 7\)") as caught:
+        objective.backward(tiny_models.classification_batch())
+    assert type(caught.value) is kind
+    assert caught.value.__cause__ is error
+    assert str(caught.value).endswith(f". {error}")
 
 
 def advice(config: AdversarialConfig, batch: dict, *, chunked: bool = False) -> str:

@@ -13,6 +13,9 @@ from alum_kernels.backends.linear_chunks import CHUNK_BYTES_VARIABLE, chunk_budg
 
 _BEGINNING = "out of memory in a step over a batch of "
 
+REFUSALS = (torch.OutOfMemoryError, MemoryError, RuntimeError)
+"""Types of an allocator's refusals, the more special first: CUDA's, the host's and PyTorch's of the CPU."""
+
 LEAST_CHUNK_BYTES = 1 << 20
 """No lower budget is advised: chunks of a few rows make slow products."""
 
@@ -30,7 +33,7 @@ def memory_advice(
 ) -> Iterator[None]:
     """Raise an allocator's refusal within the context again, of the same type, with what would need less memory.
 
-    The message ends with the allocator's own, by which others know it; the original error is the cause.
+    (Of a library's own type, which may not be made of a message, it is the one below it in ``REFUSALS``.) The message ends with the allocator's own, by which others know it; the original error is the cause.
 
     Args:
         batch: arguments of the model.
@@ -44,7 +47,8 @@ def memory_advice(
         if not refused_memory(error) or str(error).startswith(_BEGINNING):
             raise
         advice = _advice(batch, config, device_of(unwrap(model)), chunked)
-        raise type(error)(f"{_BEGINNING}{advice}. {error}") from error
+        kind = next(kind for kind in REFUSALS if isinstance(error, kind))
+        raise kind(f"{_BEGINNING}{advice}. {error}") from error
 
 
 def _advice(batch: Mapping[str, Any], config: AdversarialConfig, device: torch.device, chunked: bool) -> str:
