@@ -327,11 +327,66 @@ else:
 """
 
 
-def test_processes_decide_alike(tmp_path):
-    code = PROCESS.format(folder=tmp_path)
+def in_two_processes(code: str) -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", code, rank], stderr=subprocess.PIPE, text=True) for rank in ("0", "1")
     ]
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors[-3000:]
+
+
+def test_processes_decide_alike(tmp_path):
+    in_two_processes(PROCESS.format(folder=tmp_path))
+
+
+SHARDED = """
+import sys, warnings
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from alum_kernels import FiniteGuard, NonFiniteError
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+warnings.simplefilter("ignore")
+torch.manual_seed(0)
+# one split, one left whole, and one with fewer rows than ranks
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+for layer in (model[0], model[2]):
+    fully_shard(layer, mesh=mesh)
+optimizer, guard = torch.optim.AdamW(model.parameters()), FiniteGuard(patience=2)
+nan = float("nan")
+
+def allows(row, value):
+    optimizer.zero_grad()
+    loss = model(torch.ones(2, 4)).sum()
+    loss.backward()
+    model[0].weight.grad.full_tensor()  # all ranks are here
+    if row // 2 == rank:  # two of the four rows each
+        model[0].weight.grad.to_local()[row % 2, 0] = value
+    guard.watch({{"loss": loss}})
+    return guard.allows(model)
+
+for row in (0, 3):
+    before = [parameter.to_local().clone() for parameter in model[0].parameters()]
+    assert not allows(row, nan)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    optimizer.step()
+    assert all(map(torch.equal, before, [parameter.to_local() for parameter in model[0].parameters()]))
+    assert allows(row, 1.0)
+    optimizer.step()
+assert guard.skipped == 2
+assert not allows(1, nan)
+try:
+    allows(1, nan)
+except NonFiniteError as error:
+    expected = "gradients 0.weight (1 of " if rank == 0 else "something on another process"
+    assert expected in str(error), error
+else:
+    raise AssertionError("no error")
+"""
+
+
+def test_a_sharded_model_is_looked_at_shard_by_shard(tmp_path):
+    in_two_processes(SHARDED.format(folder=tmp_path))

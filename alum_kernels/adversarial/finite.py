@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.utils import get_total_norm
 
 from alum_kernels.ops.checks import check_count
+from alum_kernels.ops.split_head import is_dtensor
 
 MOST_NAMES = 3
 """Names of one kind that a message lists."""
@@ -42,7 +43,8 @@ class FiniteGuard:
 
     A captured step is guarded if it was captured without its optimizer.
 
-    Under several processes the decision is the same on all of them: one all-reduce of one element a step.
+    Under several processes the decision is the same on all of them: one all-reduce of one element a step. Of a model that
+    ``fully_shard`` splits, each looks at its own shards.
 
     Args:
         patience: so many steps in a row that are not finite raise.
@@ -83,7 +85,7 @@ class FiniteGuard:
             batch: the model's arguments. Its floating-point tensors but masks are looked at where a step is left out.
         """
         for name, value in figures.items():
-            value = value.detach()
+            value = _own(value.detach())
             # a sum is finite only if all of it is
             self._figures[name] = self._figures[name] + value if name in self._figures else value
         for name, value in (batch or {}).items():
@@ -172,7 +174,13 @@ def _gradient(parameter: Tensor) -> Tensor | None:
     grad = parameter.grad
     if grad is not None and grad.is_sparse:
         grad = grad.coalesce().values()
-    return None if grad is None or grad.numel() == 0 else grad.detach()
+    grad = None if grad is None else _own(grad.detach())
+    return None if grad is None or grad.numel() == 0 else grad
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """What this process has of a DTensor: the others look at theirs, and all decide together."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def _all_finite(figures: Iterable[Tensor]) -> Tensor | None:
@@ -190,7 +198,7 @@ def _described(named: Mapping[str, Tensor], figures: Mapping[str, Tensor], input
     found = [
         ", ".join(losses),
         _listed("gradient", gradients),
-        _listed("parameter", {name: parameter.detach() for name, parameter in named.items()}),
+        _listed("parameter", {name: _own(parameter.detach()) for name, parameter in named.items()}),
         _listed("input", inputs),
     ]
     return "; ".join(filter(None, found)) or "something on another process"
