@@ -86,7 +86,7 @@ def test_other_errors_are_left_alone(error):
     assert caught.value is error
 
 
-class OfTwoFacts(RuntimeError):
+class TwoFactsError(RuntimeError):
     """A library's own refusal, which is not made of one message."""
 
     def __init__(self, wanted: int, had: int) -> None:
@@ -100,7 +100,7 @@ def refused_array() -> MemoryError:
     return caught.value
 
 
-@pytest.mark.parametrize("error", [OfTwoFacts(9, 8), refused_array()], ids=["of two facts", "NumPy's"])
+@pytest.mark.parametrize("error", [TwoFactsError(9, 8), refused_array()], ids=["of two facts", "NumPy's"])
 def test_a_type_that_takes_no_message_is_the_one_below_it(error):
     kind = MemoryError if isinstance(error, MemoryError) else RuntimeError
     assert type(error) is not kind

@@ -43,8 +43,8 @@ class FiniteGuard:
 
     A captured step is guarded if it was captured without its optimizer.
 
-    Under several processes the decision is the same on all of them: one all-reduce of one element a step. Of a model that
-    ``fully_shard`` splits, each looks at its own shards.
+    Under several processes the decision is the same on all of them: one all-reduce of one element a step. Of a model
+    that ``fully_shard`` splits, each looks at its own shards.
 
     Args:
         patience: so many steps in a row that are not finite raise.

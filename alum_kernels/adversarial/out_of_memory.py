@@ -33,7 +33,8 @@ def memory_advice(
 ) -> Iterator[None]:
     """Raise an allocator's refusal within the context again, of the same type, with what would need less memory.
 
-    (Of a library's own type, which may not be made of a message, it is the one below it in ``REFUSALS``.) The message ends with the allocator's own, by which others know it; the original error is the cause.
+    A library's own type may not be made of a message: it becomes the one of ``REFUSALS`` that it is a kind of. The
+    message ends with the allocator's own, by which others know it; the original error is the cause.
 
     Args:
         batch: arguments of the model.
