@@ -35,6 +35,16 @@ def main(given: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 where the request was at fault, 130 where it was interrupted.
     """
     words = list(sys.argv[1:] if given is None else given)
+    try:
+        code = _run(words)
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:  # of head, or of a pager that was closed: there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_LEFT
+
+
+def _run(words: list[str]) -> int:
     if words[:1] in (["-h"], ["--help"]):
         print(_overview())
         return 0
@@ -58,9 +68,6 @@ def main(given: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.status
-    except BrokenPipeError:  # of head, or of a pager that was closed: there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return READER_LEFT
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -1,6 +1,8 @@
 """``train`` and ``evaluate``: what a step computes, where settings come from, every task, and wrong requests."""
 
 import json
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ import transformers
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels import __main__ as command_line
-from alum_kernels.training import journal
+from alum_kernels.training import atomic, journal
 from alum_kernels.training.batches import LabelledText, Order, encode_texts
+from alum_kernels.training.errors import WriteError
 from alum_kernels.training.precision import Precision
 from alum_kernels.training.settings import Settings, names
 from alum_kernels.training.step import Stepper
@@ -236,6 +239,59 @@ def bad(tmp_path_factory) -> Path:
     (folder / "broken").mkdir()
     (folder / "broken" / "config.json").write_text("{}")
     return folder
+
+
+@contextmanager
+def largest_file(size: int):
+    """Within the context no file grows above so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "named"),
+    [
+        (200, {}, "record.json"),
+        (4000, {"steps": 40, "save_every": 100}, "log.jsonl"),
+        (20_000, {}, "checkpoint-2"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_one_line(size, options, named, sentences, tiny_model, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with largest_file(size):
+        code = train(sentences, tiny_model, folder, **options)
+    error = refused(capsys, code, expected=1)
+    assert f"{folder / named}: cannot be written: " in error
+    assert "File too large" in error
+    assert train(sentences, tiny_model, folder, "--resume", **options) == 0
+
+
+def test_figures_that_cannot_be_written_are_shown(sentences, tiny_model, tmp_path, capsys):
+    assert train(sentences, tiny_model, tmp_path / "run") == 0
+    capsys.readouterr()
+    given = ["evaluate", str(tmp_path / "run"), f"--data={sentences}", "--attack-samples=0", f"--json={tmp_path}"]
+    code = command_line.main(given)
+    printed = capsys.readouterr()
+    assert code == 1
+    assert printed.err.endswith(f"--json: {tmp_path}: cannot be written: Is a directory\n")
+    assert printed.err.count("\n") == 1
+    assert "accuracy" in printed.out
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "model"])
+def test_libraries_name_the_systems_error(kind, tiny_model, tokenizer, tmp_path):
+    """Their own types of exception are known by it."""
+    written = tokenizer if kind == "tokenizer" else transformers.AutoModel.from_pretrained(tiny_model)
+    refused = pytest.raises(WriteError, match=r"cannot be written: .*File too large")
+    with largest_file(100), refused as caught, atomic.writing(tmp_path):
+        written.save_pretrained(tmp_path)
+    assert caught.value.__cause__ is not None
+    with pytest.raises(KeyError), atomic.writing(tmp_path):
+        raise KeyError("os error")
 
 
 @pytest.mark.parametrize("case", WRONG)

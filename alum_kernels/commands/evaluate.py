@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alum_kernels.commands.errors import CommandError
-from alum_kernels.training.errors import TrainingError
+from alum_kernels.training.errors import TrainingError, WriteError
 from alum_kernels.training.settings import CAUSAL_LM, CLASSIFICATION, LABELLED, MASKED_LM, REGRESSION, Settings
 
 ENDINGS = {
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print a table of the figures."""
     from alum_kernels.corpora import CorpusError
+    from alum_kernels.training import atomic
 
     for name, least in (("batch_size", 1), ("length", 8), ("attack_steps", 0), ("attack_samples", 0)):
         if getattr(arguments, name) < least:
@@ -57,7 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     for name, value in figures["figures"].items():
         print(f"  {name.replace('_', ' '):{width}}  {value:.6g}")
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        try:
+            with atomic.writing(arguments.json):
+                arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        except WriteError as error:
+            raise CommandError(f"--json: {error}", status=1) from error
     return 0
 
 

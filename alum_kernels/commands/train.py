@@ -17,7 +17,7 @@ from alum_kernels.commands.errors import CommandError
 from alum_kernels.commands.invocation import again
 from alum_kernels.commands.parser import nearest
 from alum_kernels.training import run_folder
-from alum_kernels.training.errors import TrainingError
+from alum_kernels.training.errors import TrainingError, WriteError
 from alum_kernels.training.methods import CONSTANTS, check_resumable, method_config
 from alum_kernels.training.settings import Settings, names, options
 
@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     except (RuntimeError, MemoryError) as error:
         if not refused_memory(error):
             raise
+        raise CommandError(str(error), status=1) from error
+    except WriteError as error:
         raise CommandError(str(error), status=1) from error
     except (TrainingError, CorpusError) as error:
         raise CommandError(str(error)) from error

@@ -5,10 +5,28 @@ They are written under a temporary name in the same folder, brought to the disk,
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from alum_kernels.training.errors import WriteError
 
 PARTIAL = ".partial-"
 """What begins the name of everything that is not whole."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise WriteError, naming ``path``, where the system does not take what is written within the context.
+
+    Libraries in Rust, which write weights and tokenizers, have exceptions of their own, with the system's in the text.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, OSError) or "(os error " in str(error)):
+            raise
+        raise WriteError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def sync(path: Path) -> None:
@@ -21,12 +39,17 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file with this text, in place of one that is there."""
+    """A file with this text, in place of one that is there.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
     partial = path.with_name(PARTIAL + path.name)
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+    with writing(path):
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
 
 
 def begin_folder(path: Path) -> Path:

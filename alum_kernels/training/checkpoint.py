@@ -53,10 +53,10 @@ class Checkpoints:
             state: of the rest, as :func:`~alum_kernels.training.state_files.write_state` takes it.
 
         Raises:
-            TrainingError: a file cannot be written.
+            WriteError: a file cannot be written.
         """
         path = self._folder / f"{PREFIX}{step}"
-        try:
+        with atomic.writing(path):
             partial = atomic.begin_folder(path)
             write_model(partial)
             write_state(partial, state)
@@ -65,8 +65,6 @@ class Checkpoints:
             atomic.finish_folder(partial, path)
             for old in self._steps()[self._keep :]:
                 atomic.remove_folder(self._folder / f"{PREFIX}{old}")
-        except OSError as error:
-            raise TrainingError(f"{path}: a checkpoint cannot be written: {error.strerror or error}") from error
         return path
 
     def newest(self) -> Checkpoint | None:

@@ -27,16 +27,20 @@ class Journal:
         self._stream = self.path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:
-        """One line; it survives the end of the process from here on."""
-        self._stream.write(json.dumps(entry) + "\n")
-        self._stream.flush()
+        """One line; it survives the end of the process from here on. Raises WriteError where it cannot be written."""
+        with atomic.writing(self.path):
+            self._stream.write(json.dumps(entry) + "\n")
+            self._stream.flush()
 
     def sync(self) -> None:
         """Bring the lines to the disk."""
-        atomic.sync(self.path)
+        with atomic.writing(self.path):
+            atomic.sync(self.path)
 
     def close(self) -> None:
-        self._stream.close()
+        """Raises WriteError where a line that could not be written still cannot."""
+        with atomic.writing(self.path):
+            self._stream.close()
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

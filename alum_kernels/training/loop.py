@@ -136,11 +136,12 @@ class Training:
         return Outcome(self._step, finished, dev)
 
     def write_model(self) -> Path:
-        """The trained model with its tokenizer, whole or not at all; where it lies."""
+        """The trained model with its tokenizer, whole or not at all; where it lies. Raises WriteError."""
         path = self._folder / MODEL
-        partial = atomic.begin_folder(path)
-        self._write_model(partial)
-        atomic.finish_folder(partial, path)
+        with atomic.writing(path):
+            partial = atomic.begin_folder(path)
+            self._write_model(partial)
+            atomic.finish_folder(partial, path)
         return path
 
     def _make_step(self) -> None:
