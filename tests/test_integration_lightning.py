@@ -149,6 +149,19 @@ def test_a_resumed_run_goes_on_with_noise_and_teacher(tmp_path):
         Module(bert(), TAUGHT).on_load_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize("config", [MOVED, TAUGHT], ids=["alum", "teacher"])
+def test_the_same_trainer_goes_back_to_a_checkpoint(config, tmp_path):
+    """A second fit has optimizers of its own, which a teacher follows, and its first step draws its own seed."""
+    module, trainer = Module(bert(), config), trainer_of(tmp_path, max_epochs=1)
+    trainer.fit(module, loader(8))
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    for _ in range(2):
+        del module.gradients[4:]
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, loader(8), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+        assert_same(module.gradients, plain_gradients(bert(), BATCHES * 2, config))
+
+
 def test_a_module_is_pickled_without_its_training(tmp_path):
     module = Module(bert(), MOVED)
     trainer_of(tmp_path, max_steps=1).fit(module, loader(8))

@@ -181,8 +181,9 @@ def test_accumulated_batches_are_one_step_of_the_teacher():
         torch.testing.assert_close(results[1][name], weight, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("loaded_first", [True, False])
-def test_a_checkpoint_goes_on_with_the_teacher(loaded_first):
+@pytest.mark.parametrize("when", ["before", "after", "between"])
+def test_a_checkpoint_goes_on_with_the_teacher(when):
+    """Loaded before an optimizer is followed, after it, or by an objective that followed another one until then."""
     config = PLAIN.replace(proximal_momentum=0.7, proximal_interval=2, proximal=2.0)
     model, batch = model_and_batch()
     objective, optimizer = objective_with(model, config)
@@ -196,7 +197,14 @@ def test_a_checkpoint_goes_on_with_the_teacher(loaded_first):
     resumed.load_state_dict(saved[0])
     other = AdversarialObjective(resumed, config)
     steps = torch.optim.SGD(resumed.parameters(), lr=PACE)
-    if loaded_first:
+    if when == "between":
+        earlier = torch.optim.SGD(resumed.parameters(), lr=PACE)
+        other.follow(earlier)
+        train(other, earlier, batch)
+        resumed.load_state_dict(saved[0])
+        other.load_state_dict(saved[1])
+        other.follow(steps)
+    elif when == "before":
         other.load_state_dict(saved[1])
         kept = other.state_dict()["proximal"]["teacher"]  # what nobody has taken up yet is saved as it came
         assert all(torch.equal(weight, saved[1]["proximal"]["teacher"][name]) for name, weight in kept.items())

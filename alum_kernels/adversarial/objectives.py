@@ -309,7 +309,7 @@ class AdversarialObjective:
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the teacher of the proximal term follow the model: it is updated after steps of this optimizer.
 
-        The teacher begins as the model is now.
+        The teacher begins as the model is now, or as a checkpoint's that was loaded since the last step.
 
         Raises:
             ValueError: the config has no proximal term, or a checkpoint's teacher has other parameters.

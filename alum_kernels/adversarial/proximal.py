@@ -104,6 +104,8 @@ class Teaching:
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """The teacher begins as the model is now, and is updated after steps of this optimizer.
 
+        It begins as a checkpoint's, where one was loaded and no step was made since.
+
         Raises:
             ValueError: the config has no proximal term, or a checkpoint's teacher has other parameters.
         """
@@ -115,7 +117,7 @@ class Teaching:
             self._state = None
         self.stop()
         self._teacher = teacher
-        self._following = optimizer.register_step_post_hook(lambda *_: teacher.step())
+        self._following = optimizer.register_step_post_hook(self._follow_step)
 
     def stop(self) -> None:
         """Follow no optimizer any more."""
@@ -142,11 +144,14 @@ class Teaching:
         return self._state if self._teacher is None else self._teacher.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Take up a checkpoint's teacher, now or when an optimizer is followed."""
+        """Take up a checkpoint's teacher, now, and again if another optimizer is followed before the next step."""
         self._state = state
         if self._teacher is not None and state is not None:
             self._teacher.load_state_dict(state)
-            self._state = None
+
+    def _follow_step(self, *_: Any) -> None:
+        self._state = None  # what was taken up is behind
+        self._teacher.step()
 
     def _momentum(self) -> float:
         momentum = self._config.proximal_momentum

@@ -58,7 +58,7 @@ class AdversarialModuleMixin:
 
     _objective: AdversarialObjective | None = None
     _adversarial_state: Mapping[str, Any] | None = None
-    _adversarial_trainer: Any = None
+    _adversarial_optimizers: Any = None
     _adversarial_total: int | None = None
     _adversarial_logged = -1
 
@@ -151,7 +151,7 @@ class AdversarialModuleMixin:
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        for name in ("_objective", "_adversarial_trainer", "_noise"):  # of this process and this training
+        for name in ("_objective", "_adversarial_optimizers", "_noise"):  # of this process and this training
             state.pop(name, None)
         return state
 
@@ -159,7 +159,7 @@ class AdversarialModuleMixin:
         if not torch.is_grad_enabled():
             raise RuntimeError("adversarial_loss: expected a call in training_step, got one without gradients")
         objective = self.adversarial
-        if self._adversarial_trainer is not self.trainer:
+        if self._adversarial_optimizers is not self.trainer.optimizers:  # each fit makes its own
             self._begin_training(objective)
         step, count = self.trainer.global_step, sample_count(batch)
         objective.set_progress(step, self._adversarial_total)
@@ -195,4 +195,4 @@ class AdversarialModuleMixin:
                     f"configure_optimizers: expected one optimizer for a teacher to follow, got {len(optimizer)}"
                 )
             objective.follow(optimizer)
-        self._adversarial_trainer = trainer
+        self._adversarial_optimizers = trainer.optimizers
