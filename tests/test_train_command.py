@@ -16,7 +16,7 @@ import transformers
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels import __main__ as command_line
-from alum_kernels.training import atomic, journal
+from alum_kernels.training import atomic, journal, run_folder
 from alum_kernels.training.batches import LabelledText, Order, encode_texts
 from alum_kernels.training.errors import WriteError
 from alum_kernels.training.precision import Precision
@@ -321,6 +321,17 @@ def test_overwriting_removes_a_run_and_nothing_else(sentences, tiny_model, tmp_p
     capsys.readouterr()
     assert "with notes.txt in it" in refused(capsys, train(sentences, tiny_model, folder, "--overwrite"))
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", [(), ("--overwrite",)])
+def test_two_runs_are_not_in_one_folder(how, sentences, tiny_model, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with run_folder.alone(folder):
+        (folder / ".partial-checkpoint-2").mkdir()  # of the other run, which is about to finish it
+        error = refused(capsys, train(sentences, tiny_model, folder, *how))
+        assert f"output: expected a folder that no other run is in, got {folder}, where one is" in error
+        assert (folder / ".partial-checkpoint-2").is_dir()
+    assert train(sentences, tiny_model, folder, *how) == 0
 
 
 def test_several_processes_are_refused(sentences, tiny_model, tmp_path, capsys, monkeypatch):

@@ -82,11 +82,12 @@ def _train(arguments: argparse.Namespace) -> int:
     settings = run_folder.resumed_settings(folder, given) if resume else Settings.of(given)
     config = method_config(settings.method, settings.constants, settings.seed)
     check_resumable(config, settings.accumulation)
-    run_folder.prepare(folder, resume=arguments.resume, overwrite=arguments.overwrite)
-    if resume and (folder / run_folder.RESULTS).is_file():
-        print(f"{folder}: the run is finished, its figures are in {folder / run_folder.RESULTS}")
-        return 0
-    return _run(settings, config, folder, resume=resume)
+    with run_folder.alone(folder):
+        run_folder.prepare(folder, resume=arguments.resume, overwrite=arguments.overwrite)
+        if resume and (folder / run_folder.RESULTS).is_file():
+            print(f"{folder}: the run is finished, its figures are in {folder / run_folder.RESULTS}")
+            return 0
+        return _run(settings, config, folder, resume=resume)
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:

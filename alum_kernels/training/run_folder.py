@@ -8,10 +8,13 @@ model/            the trained model, at the end
 results.json      its figures, at the end
 """
 
+import fcntl
 import importlib.metadata
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +35,43 @@ def begun(folder: Path) -> bool:
     return (folder / SETTINGS).is_file()
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other runs out of it for as long as the context, or the process, is there.
+
+    Two runs in one folder would each remove what the other is writing.
+
+    Raises:
+        TrainingError: another run is in it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise TrainingError(f"output: {folder}: {error.strerror or error}") from error
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise TrainingError(f"output: expected a folder that no other run is in, got {folder}, where one is") from error
+    except OSError as error:
+        raise TrainingError(f"output: {folder} cannot be locked: {error.strerror}") from error
+
+
 def prepare(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make an empty folder, remove an old run, or what an interrupted one left half written.
+    """Have an empty folder: remove an old run, or what an interrupted one left half written.
 
     Raises:
         TrainingError: the folder has something in it, or is none.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         atomic.remove_partial(folder)
         if overwrite:
             _remove_run(folder)
