@@ -332,6 +332,30 @@ def test_the_trainer_leaves_a_step_out_and_goes_on(tmp_path, options):
     assert trainer.finite.guard.in_a_row == 0
 
 
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_an_overflow_under_fp16_is_the_scalers_whether_gradients_are_clipped_or_not(tmp_path, monkeypatch, clip):
+    trainer, gradients = trainer_of(
+        tiny_models.bert(), tmp_path, CLASSIFICATION, MOVED, max_steps=3, max_grad_norm=clip
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "fp16")
+    trainer.accelerator.scaler, trainer.accelerator.native_amp = scaler, True
+    backwards = []
+
+    def overflow(grad):
+        backwards.append(1)
+        return grad * torch.inf if len(backwards) == 1 else grad
+
+    trainer.model.classifier.weight.register_hook(overflow)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer.train()
+    assert scaler.get_scale() == 2.0**15
+    assert trainer.finite.guard.skipped == 0
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert len(backwards) == 3
+
+
 def test_the_names_are_those_before_clipping(tmp_path):
     trainer, _ = spoilt_trainer(tmp_path, set(), max_steps=1)
     trainer.model.classifier.bias.register_hook(lambda grad: grad * NAN)
