@@ -334,9 +334,7 @@ def test_the_trainer_leaves_a_step_out_and_goes_on(tmp_path, options):
 
 @pytest.mark.parametrize("clip", [1.0, 0.0])
 def test_an_overflow_under_fp16_is_the_scalers_whether_gradients_are_clipped_or_not(tmp_path, monkeypatch, clip):
-    trainer, gradients = trainer_of(
-        tiny_models.bert(), tmp_path, CLASSIFICATION, MOVED, max_steps=3, max_grad_norm=clip
-    )
+    trainer, _ = trainer_of(tiny_models.bert(), tmp_path, CLASSIFICATION, MOVED, max_steps=3, max_grad_norm=clip)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "fp16")
     trainer.accelerator.scaler, trainer.accelerator.native_amp = scaler, True

@@ -214,6 +214,8 @@ WRONG = {
     "none at all": ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got '0'"),
     "a large batch": ({"batch_size": 99}, "batch_size: expected at most the 24 samples that there are, got 99"),
     "a bad task": ({"task": "translation"}, "task: expected one of classification, regression"),
+    "a large seed": ({"seed": 1 << 63}, "seed: expected a whole number of at most 9223372036854775807, got"),
+    "many threads": ({"threads": 1 << 40}, "threads: expected a whole number of at most 65536, got"),
     "a device": ({"device": "abacus"}, "device: expected one that is here, got 'abacus'"),
     "a folder without a model": ({"model": "{folder}"}, "model: expected a folder with a config.json, got {folder}"),
     "a path to nowhere": ({"model": "{folder}/absent/model"}, "absent/model, which does not exist"),
@@ -392,6 +394,21 @@ def test_scores_are_a_regression(tiny_model, tmp_path):
     assert found["task"] == "regression"
     assert found["figures"]["pearson"] == pytest.approx(results["dev"]["pearson"])
     assert "accuracy" not in found["figures"]
+
+
+def test_held_out_text_without_a_mask_is_refused_before_the_training(paragraphs, tiny_model, tmp_path, capsys):
+    """Its one short block: with some seeds none of its tokens is chosen."""
+    dev = tmp_path / "dev.txt"
+    dev.write_text("a text of a few words that fill a block\n")
+    options = {"task": "masked-lm", "dev": dev, "length": 8, "batch_size": 1, "steps": 1}
+    codes = [train(paragraphs, tiny_model, tmp_path / str(seed), seed=seed, **options) for seed in range(6)]
+    assert set(codes) == {0, 2}
+    seed = codes.index(2)
+    assert not (tmp_path / str(seed) / "log.jsonl").exists()
+    capsys.readouterr()
+    error = refused(capsys, train(paragraphs, tiny_model, tmp_path / str(seed), seed=seed, **options))
+    assert f"{dev}: expected text of which some token is masked, got " in error
+    assert "blocks of length 8 without one" in error
 
 
 @pytest.mark.parametrize("task", ["masked-lm", "causal-lm"])

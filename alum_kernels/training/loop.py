@@ -6,13 +6,14 @@ its noise and its teacher, the generators of dropout, the scale of the loss, and
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.labels import IGNORED_LABEL
 from alum_kernels.training import atomic
 from alum_kernels.training.batches import Batch, Order
 from alum_kernels.training.checkpoint import Checkpoint, Checkpoints
@@ -27,7 +28,7 @@ from alum_kernels.training.precision import Precision
 from alum_kernels.training.random_state import random_state, restore_random_state
 from alum_kernels.training.run_folder import MODEL
 from alum_kernels.training.scores import scores
-from alum_kernels.training.settings import Settings
+from alum_kernels.training.settings import MASKED_LM, Settings
 from alum_kernels.training.step import Stepper
 from alum_kernels.training.stopping import StopRequest
 from alum_kernels.training.window import Window
@@ -73,6 +74,7 @@ class Training:
         self._dev = None
         if data.dev is not None:
             self._dev = samples_of(data.dev, settings, self._tokenizer, held_out=True)
+            _check_held_out(self._dev, settings)
         try:
             self._order = Order(self._samples.count, settings.batch_size, settings.seed, self._samples.lengths)
         except ValueError as error:
@@ -212,8 +214,26 @@ class Training:
 
 def batches_in_order(samples: Samples, size: int) -> list[Batch]:
     """All held-out samples, a last batch that is smaller included."""
-    groups = torch.arange(samples.count).split(size)
-    return [samples.encode(group.tolist(), HELD_OUT) for group in groups]
+    return list(_each_in_order(samples, size))
+
+
+def _each_in_order(samples: Samples, size: int) -> Iterator[Batch]:
+    for group in torch.arange(samples.count).split(size):
+        yield samples.encode(group.tolist(), HELD_OUT)
+
+
+def _check_held_out(samples: Samples, settings: Settings) -> None:
+    """Before the training, not at the end of it: its masks are the same in every evaluation.
+
+    Raises:
+        TrainingError: no token of it is predicted.
+    """
+    batches = _each_in_order(samples, settings.batch_size)
+    if settings.task == MASKED_LM and not any(bool((one["labels"] != IGNORED_LABEL).any()) for one in batches):
+        raise TrainingError(
+            f"{settings.dev}: expected text of which some token is masked, got {samples.count} blocks of "
+            f"length {settings.length} without one"
+        )
 
 
 def _shown(entry: dict[str, Any]) -> dict[str, str]:

@@ -50,7 +50,7 @@ class Settings:
     precision: str = _setting("fp32", values.choice(*PRECISIONS), f"of the passes: one of {', '.join(PRECISIONS)}")
     gradient_checkpointing: bool = _setting(False, values.switch, "recompute activations instead of keeping them")
     device: str | None = _setting(None, values.optional(values.text), "cpu, cuda, cuda:1 (default: cuda where it is)")
-    threads: int | None = _setting(None, values.optional(values.whole(1)), "of the CPU")
+    threads: int | None = _setting(None, values.optional(values.whole(1, 1 << 16)), "of the CPU")
     seed: int = _setting(0, values.whole(0), "of a new head, the order, dropout, masks and noise")
 
     log_every: int = _setting(10, values.whole(1), "steps between two lines of the log")

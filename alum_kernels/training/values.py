@@ -29,13 +29,15 @@ def text(value: Any) -> str:
     raise ValueError(f"expected text, got {value!r}")
 
 
-def whole(least: int) -> Convert:
-    """An int of at least so much."""
+def whole(least: int, most: int = (1 << 63) - 1) -> Convert:
+    """An int of at least so much, and at most what fits where it goes."""
 
     def convert(value: Any) -> int:
         found = parsed(value)
         if isinstance(found, bool) or not isinstance(found, int) or found < least:
             raise ValueError(f"expected a whole number of at least {least}, got {value!r}")
+        if found > most:
+            raise ValueError(f"expected a whole number of at most {most}, got {value!r}")
         return found
 
     return convert
