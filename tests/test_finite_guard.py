@@ -324,6 +324,8 @@ except NonFiniteError as error:
     assert expected in str(error), error
 else:
     raise AssertionError("no error")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
@@ -385,6 +387,8 @@ except NonFiniteError as error:
     assert expected in str(error), error
 else:
     raise AssertionError("no error")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
