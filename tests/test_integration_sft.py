@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from tiny_loops import assert_same
+from tiny_loops import FAR, FROM_FP32, assert_alike, assert_same, watched
 from tiny_trainer import MOVED, ON_THE_WAY, GradientLog
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
@@ -20,10 +20,15 @@ ROWS = [
 ]
 
 
+def words():
+    """A tokenizer of the tiny vocabulary."""
+    vocabulary = {f"w{index}": index for index in range(tiny_models.VOCABULARY)}
+    return transformers.BertTokenizer(vocab=vocabulary, pad_token="w1")
+
+
 @pytest.fixture
 def tokenizer():
-    words = [f"w{index}" for index in range(tiny_models.VOCABULARY)]
-    return transformers.BertTokenizer(vocab={word: place for place, word in enumerate(words)}, pad_token="w1")
+    return words()
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +95,29 @@ def test_micro_batches_leave_the_gradients_of_the_plain_loop(config, tokenizer, 
         if size == 8:
             found = {name[4:]: value for name, value in logged.items() if name.startswith("adv_")}
             assert found == pytest.approx(figures, rel=1e-3)
+
+
+@pytest.mark.parametrize("config", [FAR, ON_THE_WAY], ids=["alum", "freelb"])
+def test_bf16_trains_as_fp32_does(config, tokenizer, tmp_path):
+    results = []
+    for bf16 in (False, True):
+        trainer, gradients = sft(tmp_path, tokenizer, config, llama().float(), bf16=bf16)
+        seen = watched(trainer.model.model.layers[0].self_attn.q_proj)
+        trainer.train()
+        assert set(seen) == {torch.bfloat16 if bf16 else torch.float32}
+        assert trainer.objective.linear_head is not None
+        assert gradients[0].dtype == torch.float32
+        results.append(gradients)
+    assert_alike(results[1], results[0], FROM_FP32[torch.bfloat16])
+
+
+def test_fp16_is_fp32_on_a_cpu(tokenizer, tmp_path):
+    """Accelerate neither casts nor scales there, and says nothing."""
+    trainer, _ = sft(tmp_path, tokenizer, FAR, llama().float(), fp16=True)
+    seen = watched(trainer.model.model.layers[0].self_attn.q_proj)
+    trainer.train()
+    assert set(seen) == {torch.float32}
+    assert trainer.accelerator.scaler is None
 
 
 def test_the_metrics_are_those_of_the_users_trainer(tokenizer, tmp_path):
