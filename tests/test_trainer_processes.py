@@ -8,8 +8,10 @@ from pathlib import Path
 
 import tiny_models
 import torch
+from tiny_loops import APART, assert_alike
 from tiny_trainer import (
     CLASSIFICATION,
+    IN_BF16,
     IN_PARALLEL,
     LINEAR,
     MASKED_LM,
@@ -43,6 +45,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 import tiny_trainer as t
+from tiny_loops import watched
 for task, model, samples, config, average in (
     ("classification", t.tiny_models.bert, t.CLASSIFICATION, t.MOVED, True),
     ("classification", t.tiny_models.bert, t.CLASSIFICATION, t.MOVED, False),
@@ -60,6 +63,16 @@ for task, model, samples, config, average in (
     assert (trainer.objective.linear_head is not None) == (task == "masked_lm")
     if trainer.accelerator.process_index == 0:
         torch.save(gradients[0], Path({folder!r}) / f"{{task}}-{{average}}.pt")
+for name, (model, samples, config) in t.IN_BF16.items():
+    trainer, gradients = t.trainer_of(
+        model(), Path({folder!r}), samples, config, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, ddp_backend="gloo", bf16=True,
+    )
+    seen = watched(trainer.model.bert.encoder.layer[0].attention.self.query)
+    trainer.train()
+    assert set(seen) == {{torch.bfloat16}}, seen
+    if trainer.accelerator.process_index == 0:
+        torch.save(gradients[0], Path({folder!r}) / f"bf16-{{name}}.pt")
 """
 
 
@@ -109,6 +122,10 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     for task, average in ran:
         gradient = torch.load(tmp_path / f"{task}-{average}.pt")
         torch.testing.assert_close(gradient, expected[task], rtol=1e-8, atol=1e-12)
+    for name, (model, samples, config) in IN_BF16.items():
+        trainer, gradients = trainer_of(model(), tmp_path, samples, config, bf16=True)
+        trainer.train()
+        assert_alike([torch.load(tmp_path / f"bf16-{name}.pt")], gradients, APART[torch.bfloat16], name)
 
 
 PARALLEL = """

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import tiny_models
 import torch
+from tiny_loops import FAR
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -43,6 +44,14 @@ def samples_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 CLASSIFICATION = samples_of(tiny_models.classification_batch(8))
 REGRESSION = samples_of(tiny_models.regression_batch(8))
 MASKED_LM = samples_of(tiny_models.masked_lm_batch(8))
+
+
+IN_BF16 = {
+    "alum": (tiny_models.bert, CLASSIFICATION, FAR),
+    "freelb": (tiny_models.bert, CLASSIFICATION, ON_THE_WAY),
+    "masked_lm": (tiny_models.bert_masked_lm, MASKED_LM, FAR),
+}
+"""What a Trainer trains in bf16 over processes: model, samples and method."""
 
 
 class GradientLog(TrainerCallback):
