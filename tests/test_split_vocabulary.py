@@ -309,7 +309,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_processes_reach_the_accuracy_of_one_and_train_language_models(tmp_path, ranks):
-    over_processes("accuracy,language_models", ranks, tmp_path)
+    over_processes("accuracy,language_models,language_models_in_half", ranks, tmp_path)
 
 
 @pytest.mark.slow

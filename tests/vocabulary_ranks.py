@@ -163,7 +163,7 @@ def cross_entropy(ranks: Ranks) -> None:
             for name, gradient in ranks.own(gradients, place).items():
                 assert error(found[name], gradient) <= 1e-12, name
             ranks.assert_everywhere_the_same(found["hidden"])
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
         exact = {name: tensor.to(dtype).double().requires_grad_() for name, tensor in given.items()}
         want = linear_cross_entropy(exact["hidden"], exact["weight"], labels, exact["bias"])
         want.backward()
@@ -300,6 +300,28 @@ def language_models(ranks: Ranks) -> None:
         assert gradients.keys() == expected.keys()
         for name, gradient in expected.items():
             assert error(gradients[name], gradient) <= 1e-6, name
+
+
+def language_models_in_half(ranks: Ranks) -> None:
+    """The same under autocast, scaled in fp16."""
+    import tiny_models
+    from tiny_loops import APART, FAR, assert_alike
+
+    mesh, batch = init_device_mesh("cpu", (ranks.ranks,)), tiny_models.batch("causal_lm")
+    for dtype, scale in ((torch.bfloat16, 1.0), (torch.float16, 2.0**12)):
+        results = []
+        for split in (False, True):
+            model = tiny_models.make("gpt2", "causal_lm", tie_word_embeddings=False)
+            if split:
+                parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+            objective = AdversarialObjective(model, FAR.replace(fused_head=True))
+            assert (objective.linear_head.split is not None) == split
+            with torch.autocast("cpu", dtype):
+                objective.backward(batch, scale=scale, seed=torch.tensor([3]))
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            grads = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
+            results.append(torch.cat([grad.flatten() for grad in grads]) / scale)
+        assert_alike(results[1:], results[:1], APART[dtype], str(dtype))
 
 
 def compiled(ranks: Ranks) -> None:
