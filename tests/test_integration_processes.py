@@ -1,15 +1,12 @@
 """Two processes leave the gradients of one: Lightning, Accelerate and Trainers with a loss of their own."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from processes import run_ranks
 from test_integration_own_trainer import CountingTrainer, FocalTrainer
-from test_trainer_processes import free_port
 from tiny_loops import assert_same, plain_gradients
 from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, ON_THE_WAY, trainer_of
 
@@ -20,8 +17,7 @@ pytestmark = pytest.mark.slow
 BATCH = tiny_models.classification_batch(8)
 
 PREAMBLE = """
-import os, sys
-sys.path.insert(0, {tests!r})
+import os
 import torch
 import tiny_models
 from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, ON_THE_WAY
@@ -87,25 +83,10 @@ for name, kind, model, samples in (
 
 def in_two_processes(code: str, folder: Path) -> None:
     """Runs the code as rank 0 and 1."""
-    code = (PREAMBLE + code).format(tests=str(Path(__file__).parent), folder=str(folder))
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    code = (PREAMBLE + code).format(folder=str(folder))
     # the variables by which torchrun is recognised
     elastic = {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ
-            | address
-            | elastic
-            | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=280)
-        assert process.returncode == 0, errors[-3000:]
+    run_ranks(2, "-c", code, ACCELERATE_USE_CPU="1", **elastic)
 
 
 @pytest.mark.parametrize("loop", ["accelerate", "lightning"])
