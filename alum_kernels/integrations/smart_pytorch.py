@@ -17,9 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from alum_kernels.backends.reference.projected_ascent import RESCALE_FLOOR
+from alum_kernels.integrations.rescaled_ascent import rescaled_ascent
 from alum_kernels.ops.checks import check_choice, check_count, check_magnitude
-from alum_kernels.ops.projected_ascent import projected_ascent
 from alum_kernels.ops.symmetric_kl import kl, symmetric_kl
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -118,17 +117,8 @@ class SMARTLoss(nn.Module):
             step = delta + self.step_size * grad
             delta = step / (self.norm_fn(step) + self.epsilon)
             return _moved(embed, delta), delta
-        # x / (max|x| + epsilon) = c x / (max|c x| + floor) with c = floor / epsilon
-        share = RESCALE_FLOOR / self.epsilon
-        perturbed, delta = projected_ascent(
-            _tokens(embed),
-            _tokens(grad),
-            _tokens(delta) * share,
-            step_size=self.step_size * share,
-            epsilon=0.0,
-            norm="linf_rescale",
-            level="token",
-            return_delta=True,
+        perturbed, delta = rescaled_ascent(
+            _tokens(embed), _tokens(grad), _tokens(delta), step_size=self.step_size, epsilon=self.epsilon
         )
         return perturbed.view_as(embed), delta.view_as(embed)
 
