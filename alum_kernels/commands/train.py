@@ -128,7 +128,7 @@ def _run(settings: Settings, config: AdversarialConfig | None, folder: Path, *, 
         if note := run_folder.check_record(folder, settings, record):
             _say(note)
         checkpoint = Checkpoints(folder, settings.keep, _say).newest()
-        _say(f"{folder}: going on from {'the begin' if checkpoint is None else checkpoint.folder.name}")
+        _say(f"{folder}: going on from {'the beginning' if checkpoint is None else checkpoint.folder.name}")
     training = Training(settings, config, data, checkpoint, _say)
     run_folder.write_begin(folder, settings, record)
     print(training.summary, flush=True)
