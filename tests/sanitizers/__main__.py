@@ -26,8 +26,8 @@ TESTS = {
     "native and not 9000": ["tests/test_noise_init.py", "tests/test_projected_ascent.py", "tests/test_linear_rows.py"],
     "native and (64 or 65 or 17)": ["tests/test_symmetric_kl_accuracy.py"],
 }
-"""Expressions that select tests, and the files to select from. (At 9000 classes the accuracy of the usual build is close
-to its bound; without optimisation other products are fused with sums.)"""
+"""Expressions that select tests, and the files to select from. (At 9000 classes the accuracy of the usual build is
+close to its bound; without optimisation other products are fused with sums.)"""
 SHOWN = 60
 LIMIT = 1800
 
