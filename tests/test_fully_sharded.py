@@ -113,9 +113,15 @@ def test_methods_that_cannot_be_sharded_say_why(why, mesh):
 
 
 def test_a_demanded_linear_head_is_refused(mesh):
-    model = sharded(tiny_models.bert_masked_lm(), mesh)
-    objective = AdversarialObjective(model, MOVED.replace(fused_head=True))
-    with pytest.raises(ValueError, match=r"^fused_head: .* fully_shard gathers the weight of its output projection"):
+    """Where it is wrapped, or in the first step if it is split after that."""
+    demanded = MOVED.replace(fused_head=True)
+    message = r"^fused_head: .* fully_shard gathers the weight of its output projection"
+    with pytest.raises(ValueError, match=message):
+        AdversarialObjective(sharded(tiny_models.bert_masked_lm(), mesh), demanded)
+    model = tiny_models.bert_masked_lm()
+    objective = AdversarialObjective(model, demanded)
+    sharded(model, mesh)
+    with pytest.raises(ValueError, match=message):
         objective(**tiny_models.masked_lm_batch())
 
 
@@ -171,7 +177,7 @@ def test_other_splits_are_refused_by_name(mesh):
     model = tiny_models.bert()
     parallelize_module(model.bert.encoder.layer[0].intermediate, mesh, {"dense": ColwiseParallel()})
     assert not is_fully_sharded(model)
-    with pytest.raises(ValueError, match=r"^model: .* got bert.encoder.layer.0.* split by tensor parallelism"):
+    with pytest.raises(ValueError, match=r"^model: .* got bert.encoder.layer.0.* split by it"):
         AdversarialObjective(model, MOVED)
     both = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensors"))
     model = tiny_models.bert()

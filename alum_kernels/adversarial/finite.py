@@ -124,7 +124,7 @@ class FiniteGuard:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take up a checkpoint."""
+        """Take up a checkpoint: ``state`` is what :meth:`state_dict` gave."""
         self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
 
     def _count(self, named: Mapping[str, Tensor], figures: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:

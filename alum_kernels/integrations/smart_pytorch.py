@@ -27,7 +27,7 @@ REDUCTIONS = ("batchmean", "sum", "mean")
 
 
 def inf_norm(x: Tensor) -> Tensor:
-    """(..., 1) largest magnitude over the last dimension of (..., H)."""
+    """(..., 1) largest magnitude over the last dimension of ``x`` (..., H)."""
     return x.abs().amax(-1, keepdim=True)
 
 
@@ -150,7 +150,7 @@ def kl_loss(input: Tensor, target: Tensor, reduction: str = "batchmean") -> Tens
 def sym_kl_loss(input: Tensor, target: Tensor, reduction: str = "sum", alpha: float = 1.0) -> Tensor:  # noqa: A002
     """alpha KL(q || p) + KL(p || q) with p = softmax(input), q = softmax(target), the first of each held constant.
 
-    Arguments as :func:`kl_loss`.
+    Takes arguments as :func:`kl_loss` does, and ``alpha``.
     """
     if alpha == 1.0:
         total = symmetric_kl(input, target, reduction="sum", gradient="detach_targets")
