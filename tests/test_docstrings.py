@@ -66,7 +66,7 @@ def test_public_names_are_documented(name):
     assert text.strip().splitlines()[0].rstrip().endswith((".", ":", "`"))
 
 
-PARTS_OF_THE_TRAINER = ("finite_steps", "sft_loss", "step_watch", "trainer_losses")
+PARTS = ("finite_steps", "rescaled_ascent", "sft_loss", "step_watch", "trainer_losses")
 """Integrations that a user does not import from."""
 
 CALLED_BY_A_FRAMEWORK = {
@@ -80,9 +80,7 @@ def public_modules() -> list[str]:
     """The packages that a user imports from, and each integration."""
     folder = importlib.import_module("alum_kernels.integrations").__path__
     integrations = [
-        f"alum_kernels.integrations.{info.name}"
-        for info in pkgutil.iter_modules(folder)
-        if info.name not in PARTS_OF_THE_TRAINER
+        f"alum_kernels.integrations.{info.name}" for info in pkgutil.iter_modules(folder) if info.name not in PARTS
     ]
     return ["alum_kernels", "alum_kernels.evaluation", "alum_kernels.adversarial.presets", *integrations]
 
