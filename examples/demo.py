@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", help="name or path of a pretrained model (default: the bundled MiniLM, offline)")
     parser.add_argument("--train", type=Path, help="training examples: .tsv, .csv or .jsonl")
-    parser.add_argument("--dev", type=Path, help="development examples, tab-separated")
+    parser.add_argument("--dev", type=Path, help="development examples, likewise")
     parser.add_argument("--dataset", help="a Hub data set, such as glue:cola")
     parser.add_argument(
         "--method",
