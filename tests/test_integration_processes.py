@@ -1,18 +1,14 @@
 """Two processes leave the gradients of one: Lightning, Accelerate and Trainers with a loss of their own."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
-import transformers
+from processes import run_ranks
 from test_integration_own_trainer import CountingTrainer, FocalTrainer
-from test_trainer_processes import free_port
 from tiny_loops import APART, FAR, assert_alike, assert_same, plain_gradients
-from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, ON_THE_WAY, trainer_of
+from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, ON_THE_WAY, take_in_order, trainer_of
 
 from alum_kernels.integrations.transformers import adversarial_trainer
 
@@ -22,8 +18,7 @@ BATCH = tiny_models.classification_batch(8)
 BY_HALF = {"alum": FAR, "freelb": ON_THE_WAY, "low": FAR.replace(memory="low")}
 
 PREAMBLE = """
-import os, sys
-sys.path.insert(0, {tests!r})
+import os
 import torch
 import tiny_models
 from tiny_loops import FAR, watched
@@ -92,9 +87,10 @@ for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
 """
 
 SFT = """
-import torch.distributed, transformers
-from test_integration_sft import MOVED, ON_THE_WAY, llama, sft, words
-transformers.Trainer._get_train_sampler = lambda self, *_: torch.utils.data.SequentialSampler(self.train_dataset)
+import pytest
+from test_integration_sft import llama, sft, words
+from tiny_trainer import take_in_order
+take_in_order(pytest.MonkeyPatch())
 for name, config in (("alum", MOVED), ("freelb", ON_THE_WAY)):
     trainer, gradients = sft(
         folder, words(), config, llama().float(), per_device_train_batch_size=2, gradient_accumulation_steps=2,
@@ -137,25 +133,10 @@ for name, kind, model, samples in (
 
 def in_two_processes(code: str, folder: Path) -> None:
     """Runs the code as rank 0 and 1."""
-    code = (PREAMBLE + code).format(tests=str(Path(__file__).parent), folder=str(folder))
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    code = (PREAMBLE + code).format(folder=str(folder))
     # the variables by which torchrun is recognised
     elastic = {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ
-            | address
-            | elastic
-            | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=280)
-        assert process.returncode == 0, errors[-3000:]
+    run_ranks(2, "-c", code, ACCELERATE_USE_CPU="1", **elastic)
 
 
 @pytest.mark.parametrize("loop", ["accelerate", "lightning"])
@@ -178,8 +159,7 @@ def test_two_processes_fine_tune_as_one(tmp_path, monkeypatch):
     from test_integration_sft import llama, sft, words
 
     in_two_processes(SFT, tmp_path)
-    sampler = torch.utils.data.SequentialSampler
-    monkeypatch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: sampler(self.train_dataset))
+    take_in_order(monkeypatch)
     for kind, dtype, methods in (
         ("", None, {"alum": MOVED, "freelb": ON_THE_WAY}),
         ("-bf16", torch.bfloat16, BY_HALF),

@@ -5,7 +5,7 @@ import tiny_models
 import torch
 import transformers
 from tiny_loops import FAR, FROM_FP32, assert_alike, assert_same, watched
-from tiny_trainer import MOVED, ON_THE_WAY, GradientLog
+from tiny_trainer import MOVED, ON_THE_WAY, ONE_STEP, GradientLog, take_in_order
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.integrations.transformers import AdversarialTrainerMixin, adversarial_trainer
@@ -33,31 +33,15 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def in_order(monkeypatch):
-    """Trainers take their samples as they come."""
-    sampler = torch.utils.data.SequentialSampler
-    monkeypatch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: sampler(self.train_dataset))
+    take_in_order(monkeypatch)
 
 
 def sft(folder, tokenizer, config, model=None, kind=None, **options):
-    defaults = {
-        "max_steps": 1,
-        "per_device_train_batch_size": 8,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-    }
     log = GradientLog()
     extra = {} if config is None else {"adversarial": config}
     trainer = (kind or adversarial_trainer(trl.SFTTrainer))(
         model=model or llama(),
-        args=trl.SFTConfig(str(folder), **{**defaults, **options}),
+        args=trl.SFTConfig(str(folder), **{**ONE_STEP, "bf16": False, **options}),
         train_dataset=datasets.Dataset.from_list(ROWS),
         processing_class=tokenizer,
         callbacks=[log],

@@ -1,13 +1,11 @@
 """Each integration of a loop of one's own in fp32, bf16 and fp16: in one process, and over two."""
 
-from pathlib import Path
-
 import precision_cases
 import pytest
 import tiny_models
 import torch
 from precision_cases import CASES, DROP_INS, PRECISIONS, SHARDED, alone, drop_in
-from rank_cases import run_ranks
+from processes import run_ranks
 from tiny_loops import APART, FROM_FP32, assert_alike
 
 RANKS = 2
@@ -27,7 +25,7 @@ def far_apart(own: torch.Tensor, other: torch.Tensor) -> bool:
 @pytest.mark.filterwarnings("ignore:.* is trained through its logits")
 def test_two_processes_have_the_gradient_of_one_in_every_precision(tmp_path):
     """Under autocast in DistributedDataParallel, by a policy in fully_shard, both with a scaler in fp16."""
-    run_ranks(Path(precision_cases.__file__), tmp_path, RANKS)
+    run_ranks(RANKS, precision_cases.__file__, str(tmp_path))
     found = torch.load(tmp_path / f"gradients-{RANKS}.pt")
     exact = {name: alone(name, "fp32") for name in CASES}
     for precision, dtype in PRECISIONS.items():

@@ -1,7 +1,7 @@
 """One rank of a group that splits a vocabulary: every check of ``test_split_vocabulary.py`` that needs processes.
 
-``python vocabulary_ranks.py CHECKS RANK RANKS STORE`` runs the named checks, separated by commas; a failed assertion
-ends it with a traceback.
+``python vocabulary_ranks.py CHECKS FOLDER`` runs the named checks, separated by commas, as one rank of
+``processes.run_ranks``; a failed assertion ends it with a traceback.
 """
 
 import math
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from linear_operands import FUNCTIONS, NAMES, error, in_float64, operands, value_and_gradients
+from processes import join_group
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -339,9 +340,8 @@ def compiled(ranks: Ranks) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    checks, rank, ranks, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    checks, folder = sys.argv[1:]
+    rank, ranks = join_group(folder)
     for name in checks.split(","):
         globals()[name](Ranks(rank, ranks))
     dist.destroy_process_group()
