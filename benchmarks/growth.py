@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
+from alum_kernels.adversarial.out_of_memory import refused_memory
 from alum_kernels.ops.dispatch import choose
 
 from .cases import COMPILED_ASCENTS, DTYPES, Case, ascent_cases, divergence_cases
 from .linear_head import Operands, providers
 from .machine import describe, facts, write_results
 from .table import Table, milliseconds, ratio
-from .timing import Call, is_out_of_memory, measure, peak_memory, times_as_long
+from .timing import Call, measure, peak_memory, times_as_long
 
 AXES = ("N", "V", "H", "S")
 EAGER, OURS = "eager", "ours"
@@ -123,7 +124,7 @@ def measure_size(
     try:
         built = build()
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not refused_memory(error):
             raise
         return {name: {**missing, "not_run": "out of memory: inputs"} for name in (EAGER, OURS)}
     calls = {EAGER: built[EAGER]}
@@ -136,7 +137,7 @@ def measure_size(
     try:
         timings = measure(fitting, device=device, rounds=rounds, warmup=1) if fitting else {}
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not refused_memory(error):
             raise
         timings = {}
         for name in fitting:
@@ -154,7 +155,7 @@ def _peak(call: Call, device: torch.device) -> dict[str, Any]:
         call()
         return {"timing": None, "peak_bytes": peak_memory(call, device), "not_run": None}
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not refused_memory(error):
             raise
         reason = "out of memory"
     gc.collect()

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from alum_kernels.adversarial.out_of_memory import refused_memory
+
 from .cases import Case, all_cases
 from .machine import describe, facts, write_results
 from .table import Table, milliseconds, ratio
-from .timing import Call, Timing, copy_bandwidth, is_out_of_memory, measure, peak_memory, times_as_long
+from .timing import Call, Timing, copy_bandwidth, measure, peak_memory, times_as_long
 
 OURS = ("native", "triton")
 OTHERS = ("eager", "compile", "liger")
@@ -30,7 +32,7 @@ def fits(call: Call) -> bool:
     try:
         call()
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not refused_memory(error):
             raise
         torch.cuda.empty_cache()
         return False

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alum_kernels.evaluation.quartiles import Quartiles
+from alum_kernels.training import atomic
 
 STANDARD = "standard"
 EQUAL_STEPS, EQUAL_TIME = "equal steps", "equal time"
@@ -99,9 +100,7 @@ def save(results: Results, path: Path) -> None:
     """Write the file with its summary; an interruption leaves the old one or the new one, never a part."""
     results["summary"], results["verdict"] = summary(results), verdict(results)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    atomic.write_text(path, json.dumps(results, indent=1) + "\n")
 
 
 def jobs(results: Results, task: str, seeds: Sequence[int]) -> list[Job]:

@@ -128,11 +128,6 @@ def times_as_long(timings: Mapping[str, Timing], name: str, base: str) -> float 
     return timings[name].median / timings[base].median
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator refused: PyTorch's CPU allocator has no exception type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def peak_memory(call: Call, device: torch.device) -> int:
     """Bytes of tensors that a call holds at its peak, besides what was held before: as the allocator counts them."""
     if device.type == "cpu":

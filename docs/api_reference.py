@@ -19,8 +19,11 @@ import pdoc.render
 import alum_kernels
 
 PACKAGES = ("alum_kernels", "alum_kernels.adversarial", "alum_kernels.evaluation", "alum_kernels.integrations")
-PRIVATE = r"!alum_kernels\.adversarial\.(?!(captured|config|heads|objectives|output|presets|schedule|telemetry)$)"
-"""A page each, for the packages and the modules in them, but those of a training step that nobody outside calls."""
+PRIVATE = (
+    r"!alum_kernels\.adversarial\.(?!(captured|config|heads|objectives|output|presets|schedule|telemetry)$)",
+    r"!alum_kernels\.integrations\.(finite_steps|rescaled_ascent|step_watch|trainer_losses)$",
+)
+"""Modules that nobody outside calls; every other one, and each package, has a page."""
 
 
 def sections_of_fields(docstring: str) -> list[str]:
@@ -33,7 +36,7 @@ def write_pages(folder: Path, packages: Sequence[str] = PACKAGES) -> None:
     """A page a public module of the packages, an index and a search, into a folder."""
     pdoc.docstrings.GOOGLE_LIST_SECTIONS += sections_of_fields(alum_kernels.AdversarialConfig.__doc__ or "")
     pdoc.render.configure(docformat="google", show_source=False, footer_text="alum_kernels")
-    pdoc.pdoc(*packages, PRIVATE, output_directory=folder)
+    pdoc.pdoc(*packages, *PRIVATE, output_directory=folder)
 
 
 def main() -> int:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alum_kernels.corpora import CorpusError
-from alum_kernels.corpora.text import text_lines
 from alum_kernels.training.batches import LabelledText
-from alum_kernels.training.hub import hub_splits, text_columns
+from alum_kernels.training.data import read_data
+from alum_kernels.training.settings import Settings
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
 """Packages of the standard library with enough docstrings to tell them apart by."""
@@ -83,61 +83,11 @@ def _docstrings(path: Path) -> list[str]:
     return [" ".join(text.split()) for text in texts if text]
 
 
-def tsv_classification(train: Path, dev: Path) -> Classification:
-    """A task in two files of lines ``label<TAB>text`` or ``label<TAB>text<TAB>second text``; quotes are literal.
+def given_classification(train: str, dev: str | None = None) -> Classification:
+    """A task in files (.tsv, .csv, .jsonl), or in ``hub:NAME``, which has both parts, as ``alum-kernels train`` has it.
 
     Raises:
-        CorpusError: a file or row that cannot be used, naming the file and the line.
+        CorpusError, TrainingError: a file, row, column or label that cannot be used; files are named with the line.
     """
-    rows = {path: _read_tsv(path) for path in (train, dev)}
-    classes = tuple(sorted({label for label, _ in rows[train]}))
-    if len(classes) < 2:
-        raise CorpusError(f"{train}: expected at least two different labels, got {', '.join(classes)}")
-    index = {label: number for number, label in enumerate(classes)}
-    for number, (label, _) in enumerate(rows[dev], 1):
-        if label not in index:
-            raise CorpusError(f"{dev}:{number}: label {label!r} does not occur in {train}")
-    parts = [
-        LabelledText([texts for _, texts in rows[path]], [index[label] for label, _ in rows[path]])
-        for path in (train, dev)
-    ]
-    return Classification(train.stem, *parts, classes)
-
-
-def _read_tsv(path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    lines = text_lines(path)
-    rows = []
-    for number, line in enumerate(lines, 1):
-        label, *texts = line.split("\t")
-        if len(texts) not in (1, 2) or not label.strip() or not texts[0].strip():
-            raise CorpusError(
-                f"{path}:{number}: expected 'label<TAB>text' or 'label<TAB>text<TAB>second text', "
-                f"got {1 + len(texts)} columns: {line[:60]!r}"
-            )
-        rows.append((label.strip(), tuple(texts)))
-    return rows
-
-
-def hub_classification(name: str) -> Classification:
-    """A data set of the Hugging Face Hub, ``name`` or ``name/configuration`` after a colon (``glue:cola``).
-
-    The label is the column of that name; the text is the first one or two columns of strings.
-
-    Raises:
-        CorpusError: the package ``datasets`` is missing, or the data set has no such columns or cannot be had.
-    """
-    train, dev = hub_splits(name)
-    features = train.features
-    texts = text_columns(train)[:2]
-    if "label" not in features or not texts:
-        raise CorpusError(f"data set {name}: expected a column label and one of strings, got {', '.join(features)}")
-    classes = getattr(features["label"], "names", None) or sorted(set(train["label"]))
-    index = {value: number for number, value in enumerate(sorted(set(train["label"])))}
-
-    def part(split) -> LabelledText:
-        rows = [row for row in split if row["label"] in index]
-        return LabelledText(
-            [tuple(row[column] for column in texts) for row in rows], [index[row["label"]] for row in rows]
-        )
-
-    return Classification(name, part(train), part(dev), tuple(map(str, classes)))
+    data = read_data(Settings.of({"train": train, "dev": dev, "output": "unused"}))
+    return Classification(Path(train).stem, data.train, data.dev, data.classes)

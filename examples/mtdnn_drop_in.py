@@ -6,14 +6,13 @@ The adversarial loss comes from ``alum_kernels``; the rest is the loop that MT-D
 """
 
 import argparse
+import itertools
 
 import torch
 
 # from mt_dnn.perturbation import SmartPerturbation
 from alum_kernels.integrations.mtdnn import SmartPerturbation
-from alum_kernels.training.models import bundled_model
-from examples.corpora import docstring_classification
-from examples.training import classification_batches, take
+from examples.docstrings import start
 
 ADV_ALPHA = 1.0
 
@@ -25,18 +24,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     chosen = parser.parse_args()
 
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    source = chosen.model or bundled_model()
-    torch.manual_seed(0)
-    task = docstring_classification()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(task.classes)).train()
+    model, _, _ = task = start(source=chosen.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     teacher = SmartPerturbation(epsilon=1e-6, step_size=1e-3, noise_var=1e-5, norm_p="inf", k=1)
 
-    batches = classification_batches(tokenizer, task.train, size=chosen.batch_size, length=48)
-    for step, batch in enumerate(take(batches, chosen.steps), start=1):
+    batches = itertools.cycle(task.loader(chosen.batch_size))
+    for step, batch in enumerate(itertools.islice(batches, chosen.steps), start=1):
         inputs = (batch["input_ids"], batch.get("token_type_ids"), batch["attention_mask"])
         outputs = model(**batch)
         adv_loss, embed_size, step_share = teacher.forward(model, outputs.logits, *inputs)

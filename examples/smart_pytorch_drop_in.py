@@ -4,15 +4,14 @@ python -m examples.smart_pytorch_drop_in --steps 10
 """
 
 import argparse
+import itertools
 
 import torch
 from torch import Tensor
 
 # from smart_pytorch import SMARTLoss, kl_loss, sym_kl_loss
 from alum_kernels.integrations.smart_pytorch import SMARTLoss, kl_loss, sym_kl_loss
-from alum_kernels.training.models import bundled_model
-from examples.corpora import docstring_classification
-from examples.training import classification_batches, take
+from examples.docstrings import start
 
 WEIGHT = 0.02
 
@@ -24,17 +23,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     chosen = parser.parse_args()
 
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    source = chosen.model or bundled_model()
-    torch.manual_seed(0)
-    task = docstring_classification()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(task.classes)).train()
+    model, _, _ = task = start(source=chosen.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-    batches = classification_batches(tokenizer, task.train, size=chosen.batch_size, length=48)
-    for step, batch in enumerate(take(batches, chosen.steps), start=1):
+    batches = itertools.cycle(task.loader(chosen.batch_size))
+    for step, batch in enumerate(itertools.islice(batches, chosen.steps), start=1):
         labels, mask = batch["labels"], batch["attention_mask"]
 
         def logits_of(embed: Tensor, mask: Tensor = mask) -> Tensor:

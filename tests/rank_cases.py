@@ -1,11 +1,9 @@
 """Steps that ranks share, each with a part of one batch: what they train, and how the samples are dealt out.
 
-Run as a program it is one rank: ``python tests/rank_cases.py FOLDER RANK RANKS``. Rank 0 leaves the gradients of every
-case in ``gradients-RANKS.pt``.
+Run as a program, ``python tests/rank_cases.py FOLDER``, it is one rank of ``processes.run_ranks``. Rank 0 leaves the
+gradients of every case in ``gradients-RANKS.pt``.
 """
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import Any
 
 import tiny_models
 import torch
+from processes import join_group
 from torch import Tensor, distributed, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
@@ -158,31 +157,10 @@ def move(model: nn.Module) -> None:
         parameter.add_(0.01 * torch.sin(torch.arange(parameter.numel(), dtype=parameter.dtype).view_as(parameter)))
 
 
-def run_ranks(program: Path, folder: Path, ranks: int) -> None:
-    """Run a program as so many ranks, to their end."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), str(folder), str(rank), str(ranks)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    failed = [error[-2000:] for error, process in zip(errors, processes, strict=True) if process.returncode]
-    assert not failed, "\n".join(failed)
-
-
 def as_rank(work: Callable[[Path, int, int], dict[str, Any]]) -> None:
     """What a rank's program does: what ``work(folder, rank, ranks)`` returns on rank 0 is left in the folder."""
-    folder, rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    folder = Path(sys.argv[1])
+    rank, ranks = join_group(folder)
     found = work(folder, rank, ranks)
     if rank == 0:
         torch.save(found, folder / f"gradients-{ranks}.pt")

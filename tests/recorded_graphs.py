@@ -77,7 +77,7 @@ class _Tape(TorchDispatchMode):
 
 
 class _States:
-    """The state of the CPU's generator at the begin of a replay, for passes that draw again from there."""
+    """The state of the CPU's generator at the beginning of a replay, for passes that draw again from there."""
 
     def __init__(self, tape: _Tape, begin: list[Tensor], passes: int) -> None:
         self._tape, self._begin, self.left = tape, begin, passes

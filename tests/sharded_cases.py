@@ -86,10 +86,11 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
 def reasons(mesh: Any, rank: int, ranks: int) -> list[str]:
     """Why a language model goes through its logits, as a warning says once."""
     case = Case("masked_lm")
-    objective = AdversarialObjective(sharded(case.model(), mesh), case.config, process_group=distributed.group.WORLD)
     own, _ = case.share(rank, ranks)
+    model, group = sharded(case.model(), mesh), distributed.group.WORLD
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        objective = AdversarialObjective(model, case.config, process_group=group)
         for _ in range(2):
             objective.backward(own)
     assert objective.linear_head is None

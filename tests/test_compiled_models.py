@@ -4,6 +4,7 @@ import pytest
 import tiny_models
 import torch
 from method_cases import MOVED
+from processes import group_of_one
 
 from alum_kernels import AdversarialObjective
 
@@ -66,13 +67,10 @@ def test_a_model_that_was_compiled_before_is_seen_through():
 
 
 def test_parallel_models_are_compiled_inside(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         wrapped = torch.nn.parallel.DistributedDataParallel(tiny_models.bert())
         with pytest.raises(ValueError, match=r"^model: expected DistributedDataParallel around a compiled model"):
             AdversarialObjective(torch.compile(wrapped), QUIET)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("changes", [{}, pytest.param({"ascent_depth": 1}, marks=pytest.mark.slow)], ids=str)

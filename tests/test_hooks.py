@@ -3,6 +3,7 @@
 import pytest
 import tiny_models
 import torch
+from processes import group_of_one
 from torch import nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
@@ -194,8 +195,5 @@ def test_random_state_repeats_what_dropout_draws():
 def test_unwrap_sees_through_distributed_data_parallel_only(tmp_path):
     model = tiny_models.BagOfEmbeddings()
     assert unwrap(model) is model
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         assert unwrap(nn.parallel.DistributedDataParallel(model)) is model
-    finally:
-        torch.distributed.destroy_process_group()

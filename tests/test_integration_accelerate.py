@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
-from tiny_loops import assert_same, plain_gradients, rows_of
+from tiny_loops import APART, FAR, FROM_FP32, assert_alike, assert_same, plain_gradients, rows_of, watched
 from tiny_trainer import MOVED, ON_THE_WAY
 from torch import nn
 
@@ -26,8 +26,8 @@ def fresh_accelerator():
     AcceleratorState._reset_state(True)
 
 
-def accelerated(model: nn.Module, config: AdversarialConfig, accumulation: int):
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+def accelerated(model: nn.Module, config: AdversarialConfig, accumulation: int, precision: str = "no"):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, mixed_precision=precision)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     objective = AcceleratedObjective(model, config, accelerator=accelerator, total_steps=len(BATCHES))
     if config.proximal > 0:
@@ -35,9 +35,9 @@ def accelerated(model: nn.Module, config: AdversarialConfig, accumulation: int):
     return accelerator, model, optimizer, objective
 
 
-def trained(model, config, size, max_norm=None, *, by_loss=False):
+def trained(model, config, size, max_norm=None, *, by_loss=False, precision="no"):
     """Gradients at each optimizer step of a loop as Accelerate's users write it."""
-    accelerator, model, optimizer, objective = accelerated(model, config, 8 // size)
+    accelerator, model, optimizer, objective = accelerated(model, config, 8 // size, precision)
     gradients = []
     for batch in BATCHES:
         for part in rows_of(batch, size):
@@ -72,6 +72,28 @@ def test_clipping_leaves_what_the_plain_loop_leaves():
     expected = plain_gradients(tiny_models.bert().double(), BATCHES, MOVED, max_norm=0.3)
     assert all(gradient.norm() == pytest.approx(0.3, rel=1e-4) for gradient in expected)
     assert_same(trained(tiny_models.bert().double(), MOVED, 2, max_norm=0.3), expected)
+
+
+@pytest.mark.parametrize("config", [FAR, ON_THE_WAY, FAR.replace(memory="low")], ids=["alum", "freelb", "low"])
+def test_bf16_trains_as_a_plain_loop_under_autocast(config):
+    model = tiny_models.bert()
+    seen = watched(model.bert.encoder.layer[0].attention.self.query)
+    found = trained(model, config, 2, max_norm=0.1, precision="bf16")
+    assert set(seen) == {torch.bfloat16}
+    expected = plain_gradients(tiny_models.bert(), BATCHES, config, max_norm=0.1, autocast=torch.bfloat16)
+    assert_alike(found[:1], expected[:1], APART[torch.bfloat16])
+    assert_alike(found, expected, FROM_FP32[torch.bfloat16])  # steps from slightly different parameters
+    exact = plain_gradients(tiny_models.bert(), BATCHES[:1], config, max_norm=0.1)
+    assert_alike(found[:1], exact, FROM_FP32[torch.bfloat16])
+
+
+def test_fp16_of_an_accelerator_is_fp32_on_a_cpu():
+    """Accelerate neither casts nor scales there, and says nothing."""
+    model = tiny_models.bert()
+    seen = watched(model.bert.encoder.layer[0].attention.self.query)
+    found = trained(model, MOVED, 8, precision="fp16")
+    assert set(seen) == {torch.float32}
+    assert_alike(found, plain_gradients(tiny_models.bert(), BATCHES, MOVED), APART[None])
 
 
 def test_a_scale_weighs_micro_batches_by_their_labels():

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import tiny_models
 import torch
-from tiny_loops import assert_same, plain_gradients, rows_of
+from tiny_loops import APART, FAR, FROM_FP32, assert_alike, assert_same, plain_gradients, rows_of, watched
 from tiny_trainer import MOVED, ON_THE_WAY
 from torch import nn
 from torch.utils.data import DataLoader
@@ -105,6 +105,40 @@ def test_clipping_leaves_what_the_plain_loop_leaves(tmp_path):
     trainer_of(tmp_path, gradient_clip_val=0.3, accumulate_grad_batches=4).fit(module, loader(2))
     assert all(gradient.norm() == pytest.approx(0.3, rel=1e-4) for gradient in module.gradients)
     assert_same(module.gradients, plain_gradients(bert(), BATCHES, MOVED, max_norm=0.3))
+
+
+def in_fp16():
+    """What Lightning makes of "16-mixed" on a GPU."""
+    kind = lightning.pytorch.plugins.MixedPrecision
+    return kind("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [(Module, FAR), (Manual, ON_THE_WAY), (Manual, FAR.replace(memory="low"))],
+    ids=["alum", "freelb", "low"],
+)
+def test_mixed_precision_trains_as_a_plain_loop_under_autocast(kind, config, precision, tmp_path):
+    options, dtype = {"precision": "bf16-mixed"}, torch.bfloat16
+    if precision == "fp16":
+        options, dtype = {"plugins": [in_fp16()]}, torch.float16
+    module = kind(tiny_models.bert(), config)
+    seen = watched(module.model.bert.encoder.layer[0].attention.self.query)
+    trainer_of(tmp_path, accumulate_grad_batches=4 if kind is Module else 1, **options).fit(
+        module, loader(2, BATCHES[:2])
+    )
+    assert set(seen) == {dtype}
+    expected = plain_gradients(tiny_models.bert(), BATCHES[:2], config, autocast=dtype)
+    assert_alike(module.gradients[:1], expected[:1], APART[dtype])
+    assert_alike(module.gradients, expected, FROM_FP32[dtype])  # steps from slightly different parameters
+    assert_alike(module.gradients[:1], plain_gradients(tiny_models.bert(), BATCHES[:1], config), FROM_FP32[dtype])
+
+
+def test_lightning_takes_bf16_for_fp16_on_a_cpu(tmp_path):
+    with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU"):
+        trainer = trainer_of(tmp_path, precision="16-mixed")
+    assert trainer.precision == "bf16-mixed"
 
 
 def test_the_figures_are_in_the_log_of_every_so_manieth_step(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 import torch
 from tiny_loops import assert_same, rows_of
-from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, ON_THE_WAY, GradientLog, trainer_of
+from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, ON_THE_WAY, GradientLog, take_in_order, trainer_of
 from torch import nn
 from transformers import Trainer
 
@@ -102,10 +102,7 @@ def plain_focal(config: AdversarialConfig, samples) -> tuple[float, torch.Tensor
 
 @pytest.fixture
 def in_order(monkeypatch):
-    """Trainers take their samples as they come."""
-    monkeypatch.setattr(
-        Trainer, "_get_train_sampler", lambda self, *_: torch.utils.data.SequentialSampler(CLASSIFICATION)
-    )
+    take_in_order(monkeypatch)
 
 
 CASES = {

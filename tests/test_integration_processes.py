@@ -1,30 +1,29 @@
 """Two processes leave the gradients of one: Lightning, Accelerate and Trainers with a loss of their own."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from processes import run_ranks
 from test_integration_own_trainer import CountingTrainer, FocalTrainer
-from test_trainer_processes import free_port
-from tiny_loops import assert_same, plain_gradients
-from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, ON_THE_WAY, trainer_of
+from tiny_loops import APART, FAR, assert_alike, assert_same, plain_gradients
+from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, ON_THE_WAY, take_in_order, trainer_of
 
 from alum_kernels.integrations.transformers import adversarial_trainer
 
 pytestmark = pytest.mark.slow
 
 BATCH = tiny_models.classification_batch(8)
+BY_HALF = {"alum": FAR, "freelb": ON_THE_WAY, "low": FAR.replace(memory="low")}
 
 PREAMBLE = """
-import os, sys
-sys.path.insert(0, {tests!r})
+import os
 import torch
 import tiny_models
+from tiny_loops import FAR, watched
 from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, ON_THE_WAY
+BY_HALF = {{"alum": FAR, "freelb": ON_THE_WAY, "low": FAR.replace(memory="low")}}
 rank, folder = int(os.environ["RANK"]), {folder!r}
 batch = tiny_models.classification_batch(8)
 # both micro-batches of a process: 2 of the first 4 samples, then 2 of the others
@@ -47,11 +46,23 @@ for name, config in (("alum", MOVED), ("freelb", ON_THE_WAY), ("low", MOVED.repl
             objective.backward(part)
     assert objective.optimizer_steps == 1
     save(name, tiny_models.Gradients.of(model).flat())
+from accelerate.state import AcceleratorState
+AcceleratorState._reset_state()
+for name, config in BY_HALF.items():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision="bf16")
+    model = accelerator.prepare(tiny_models.bert())
+    seen = watched(model.module.bert.encoder.layer[0].attention.self.query)
+    objective = AcceleratedObjective(model, config, accelerator=accelerator)
+    for part in parts:
+        with accelerator.accumulate(model):
+            objective.backward(part)
+    assert set(seen) == {{torch.bfloat16}}, seen
+    save(f"{{name}}-bf16", tiny_models.Gradients.of(model).flat())
 """
 
 LIGHTNING = """
 import lightning
-from test_integration_lightning import Manual, Module, trainer_of
+from test_integration_lightning import Manual, Module, in_fp16, trainer_of
 from torch.utils.data import DataLoader
 class OfTwo(Manual):
     accumulated = 2
@@ -63,6 +74,41 @@ for name, config in (("alum", MOVED), ("freelb", ON_THE_WAY), ("low", MOVED.repl
     trainer.fit(module, DataLoader(parts, batch_size=None))
     assert trainer.world_size == 2
     save(name, module.gradients[0])
+for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    for name, config in BY_HALF.items():
+        module = (Module if name == "alum" else OfTwo)(tiny_models.bert(), config)
+        seen = watched(module.model.bert.encoder.layer[0].attention.self.query)
+        options = {{"precision": "bf16-mixed"}} if precision == "bf16" else {{"plugins": [in_fp16()]}}
+        if name == "alum":
+            options["accumulate_grad_batches"] = 2
+        trainer_of(folder, **distributed, **options).fit(module, DataLoader(parts, batch_size=None))
+        assert set(seen) == {{dtype}}, seen
+        save(f"{{name}}-{{precision}}", module.gradients[0])
+"""
+
+SFT = """
+import pytest
+from test_integration_sft import llama, sft, words
+from tiny_trainer import take_in_order
+take_in_order(pytest.MonkeyPatch())
+for name, config in (("alum", MOVED), ("freelb", ON_THE_WAY)):
+    trainer, gradients = sft(
+        folder, words(), config, llama().float(), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        ddp_backend="gloo",
+    )
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    assert trainer.objective.linear_head is not None
+    save(name, gradients[0])
+for name, config in BY_HALF.items():
+    trainer, gradients = sft(
+        folder, words(), config, llama().float(), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        ddp_backend="gloo", bf16=True,
+    )
+    seen = watched(trainer.model.model.layers[0].self_attn.q_proj)
+    trainer.train()
+    assert set(seen) == {{torch.bfloat16}}, seen
+    save(f"{{name}}-bf16", gradients[0])
 """
 
 TRAINER = """
@@ -87,25 +133,10 @@ for name, kind, model, samples in (
 
 def in_two_processes(code: str, folder: Path) -> None:
     """Runs the code as rank 0 and 1."""
-    code = (PREAMBLE + code).format(tests=str(Path(__file__).parent), folder=str(folder))
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    code = (PREAMBLE + code).format(folder=str(folder))
     # the variables by which torchrun is recognised
     elastic = {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ
-            | address
-            | elastic
-            | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=280)
-        assert process.returncode == 0, errors[-3000:]
+    run_ranks(2, "-c", code, ACCELERATE_USE_CPU="1", **elastic)
 
 
 @pytest.mark.parametrize("loop", ["accelerate", "lightning"])
@@ -115,6 +146,28 @@ def test_two_processes_leave_the_gradients_of_the_plain_loop(loop, tmp_path):
     for name, config in (("alum", MOVED), ("freelb", ON_THE_WAY), ("low", MOVED.replace(memory="low"))):
         expected = plain_gradients(tiny_models.bert().double(), [BATCH], config)
         assert_same([torch.load(tmp_path / f"{name}.pt")], expected)
+    halves = {"bf16": torch.bfloat16, **({"fp16": torch.float16} if loop == "lightning" else {})}
+    for precision, dtype in halves.items():
+        for name, config in BY_HALF.items():
+            expected = plain_gradients(tiny_models.bert(), [BATCH], config, autocast=dtype)
+            found = torch.load(tmp_path / f"{name}-{precision}.pt")
+            assert_alike([found], expected, APART[dtype], f"{name}, {precision}")
+
+
+def test_two_processes_fine_tune_as_one(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    from test_integration_sft import llama, sft, words
+
+    in_two_processes(SFT, tmp_path)
+    take_in_order(monkeypatch)
+    for kind, dtype, methods in (
+        ("", None, {"alum": MOVED, "freelb": ON_THE_WAY}),
+        ("-bf16", torch.bfloat16, BY_HALF),
+    ):
+        for name, config in methods.items():
+            trainer, gradients = sft(tmp_path, words(), config, llama().float(), bf16=dtype is not None)
+            trainer.train()
+            assert_alike([torch.load(tmp_path / f"{name}{kind}.pt")], gradients, APART[dtype], name + kind)
 
 
 def test_two_processes_leave_the_gradients_of_a_loss_of_ones_own(tmp_path):

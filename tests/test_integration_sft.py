@@ -4,8 +4,8 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from tiny_loops import assert_same
-from tiny_trainer import MOVED, ON_THE_WAY, GradientLog
+from tiny_loops import FAR, FROM_FP32, assert_alike, assert_same, watched
+from tiny_trainer import MOVED, ON_THE_WAY, ONE_STEP, GradientLog, take_in_order
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.integrations.transformers import AdversarialTrainerMixin, adversarial_trainer
@@ -20,39 +20,28 @@ ROWS = [
 ]
 
 
+def words():
+    """A tokenizer of the tiny vocabulary."""
+    vocabulary = {f"w{index}": index for index in range(tiny_models.VOCABULARY)}
+    return transformers.BertTokenizer(vocab=vocabulary, pad_token="w1")
+
+
 @pytest.fixture
 def tokenizer():
-    words = [f"w{index}" for index in range(tiny_models.VOCABULARY)]
-    return transformers.BertTokenizer(vocab={word: place for place, word in enumerate(words)}, pad_token="w1")
+    return words()
 
 
 @pytest.fixture(autouse=True)
 def in_order(monkeypatch):
-    """Trainers take their samples as they come."""
-    sampler = torch.utils.data.SequentialSampler
-    monkeypatch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: sampler(self.train_dataset))
+    take_in_order(monkeypatch)
 
 
 def sft(folder, tokenizer, config, model=None, kind=None, **options):
-    defaults = {
-        "max_steps": 1,
-        "per_device_train_batch_size": 8,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-    }
     log = GradientLog()
     extra = {} if config is None else {"adversarial": config}
     trainer = (kind or adversarial_trainer(trl.SFTTrainer))(
         model=model or llama(),
-        args=trl.SFTConfig(str(folder), **{**defaults, **options}),
+        args=trl.SFTConfig(str(folder), **{**ONE_STEP, "bf16": False, **options}),
         train_dataset=datasets.Dataset.from_list(ROWS),
         processing_class=tokenizer,
         callbacks=[log],
@@ -90,6 +79,29 @@ def test_micro_batches_leave_the_gradients_of_the_plain_loop(config, tokenizer, 
         if size == 8:
             found = {name[4:]: value for name, value in logged.items() if name.startswith("adv_")}
             assert found == pytest.approx(figures, rel=1e-3)
+
+
+@pytest.mark.parametrize("config", [FAR, ON_THE_WAY], ids=["alum", "freelb"])
+def test_bf16_trains_as_fp32_does(config, tokenizer, tmp_path):
+    results = []
+    for bf16 in (False, True):
+        trainer, gradients = sft(tmp_path, tokenizer, config, llama().float(), bf16=bf16)
+        seen = watched(trainer.model.model.layers[0].self_attn.q_proj)
+        trainer.train()
+        assert set(seen) == {torch.bfloat16 if bf16 else torch.float32}
+        assert trainer.objective.linear_head is not None
+        assert gradients[0].dtype == torch.float32
+        results.append(gradients)
+    assert_alike(results[1], results[0], FROM_FP32[torch.bfloat16])
+
+
+def test_fp16_is_fp32_on_a_cpu(tokenizer, tmp_path):
+    """Accelerate neither casts nor scales there, and says nothing."""
+    trainer, _ = sft(tmp_path, tokenizer, FAR, llama().float(), fp16=True)
+    seen = watched(trainer.model.model.layers[0].self_attn.q_proj)
+    trainer.train()
+    assert set(seen) == {torch.float32}
+    assert trainer.accelerator.scaler is None
 
 
 def test_the_metrics_are_those_of_the_users_trainer(tokenizer, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 import torch
 from mtdnn_oracle import LARGE_STEP, Network, inputs, written
+from processes import group_of_one
 from torch import Tensor, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective, noise_init
@@ -266,8 +267,7 @@ def test_clean_logits_may_be_wider(task):
 
 def test_a_distributed_model_is_seen_through(tmp_path):
     model, given, found = Network(3, own_calls=False), inputs(), []
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         for called in (model, nn.parallel.DistributedDataParallel(model)):
             model.zero_grad()
             clean = called(**given)
@@ -275,8 +275,6 @@ def test_a_distributed_model_is_seen_through(tmp_path):
             loss, *_ = SmartPerturbation().forward(called, clean, *given.values())
             (clean.square().sum() + loss).backward()
             found.append(tiny_models.Gradients.of(model).flat())
-    finally:
-        torch.distributed.destroy_process_group()
     assert found[0].abs().max() > 0
     same(*found)
 

@@ -1,12 +1,11 @@
 """A loop of one's own over processes: ranks with a part of the batch each have the gradient of one with the whole."""
 
-from pathlib import Path
-
 import pytest
 import rank_cases
 import tiny_models
 import torch
-from rank_cases import CASES, MOVED, SAMPLES, gradients, run_ranks
+from processes import group_of_one, run_ranks
+from rank_cases import CASES, MOVED, SAMPLES, gradients
 from torch import nn
 
 from alum_kernels import AdversarialObjective
@@ -19,7 +18,7 @@ from alum_kernels.adversarial.ranks import RankCounts
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_have_the_gradient_of_one_process(ranks, tmp_path):
     """Where they have different numbers of samples and labels, some of them none."""
-    run_ranks(Path(rank_cases.__file__), tmp_path, ranks)
+    run_ranks(ranks, rank_cases.__file__, str(tmp_path))
     found = torch.load(tmp_path / f"gradients-{ranks}.pt")
     for name, case in CASES.items():
         expected, loss = gradients(case, case.model())
@@ -43,9 +42,8 @@ def test_ranks_have_the_gradient_of_one_process(ranks, tmp_path):
 @pytest.fixture
 def alone(tmp_path):
     """A process group of one."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield torch.distributed.group.WORLD
-    torch.distributed.destroy_process_group()
+    with group_of_one(tmp_path) as group:
+        yield group
 
 
 @pytest.mark.parametrize("name", ["classification", "masked_lm", "pretraining, logits", "spans", "llr", "freelb"])

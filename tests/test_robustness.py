@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import tiny_models
 import torch
+from processes import group_of_one
 from tiny_models import BagOfEmbeddings
 from torch import nn
 
@@ -152,9 +153,8 @@ def same(first, second) -> bool:
 
 @pytest.fixture
 def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+    with group_of_one(tmp_path):
+        yield
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import tiny_models
 import torch
+from processes import group_of_one
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,9 +20,8 @@ MOVED = AdversarialConfig.alum_finetuning(std=1e-2, epsilon=1e-1, step_size=1e-1
 
 @pytest.fixture
 def mesh(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
+    with group_of_one(tmp_path):
+        yield init_device_mesh("cpu", (1,))
 
 
 GATHERED, KEPT = ColwiseParallel(output_layouts=Replicate()), ColwiseParallel()
@@ -61,7 +61,7 @@ def test_what_is_not_fused_says_why(mesh):
         assert AdversarialObjective(model, MOVED.replace(backend="native")).linear_head is None
     head = find_linear_head(model)
     head.split.sizes = (70, 3)
-    assert head.split.obstacle(model, PROBED_CLASSES) == "a rank has 3 of its classes, fewer than 8"
+    assert head.split.obstacle(PROBED_CLASSES) == "a rank has 3 of its classes, fewer than 8"
     with head.capturing() as captured:
         logits = model.lm_head(torch.randn(2, 3, 16, dtype=torch.float64))
     assert logits.shape == (2, 3, PROBED_CLASSES)

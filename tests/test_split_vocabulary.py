@@ -1,17 +1,15 @@
 """Rows whose classes are cut into slices: their parts meet to what the whole row gives, wherever it is cut."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import vocabulary_ranks
 from hypothesis import given as given_
 from hypothesis import strategies as st
 from linear_operands import error, in_float64, operands
 from oracle import gradient_errors, logit_pair, relative_error
+from processes import group_of_one, run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
@@ -276,43 +274,27 @@ def test_a_group_of_one_rank_is_a_whole_head(one_process):
 
 @pytest.fixture
 def one_process(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def over_processes(checks: str, ranks: int, folder: Path) -> None:
-    """Run checks of ``vocabulary_ranks.py`` on every rank."""
-    tests = Path(__file__).parent
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tests / "vocabulary_ranks.py"), checks, str(rank), str(ranks), str(folder / "store")],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    with group_of_one(tmp_path):
+        yield
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):
-    over_processes("conventions,ascent,cross_entropy,distributed_tensors,disagreements,compiled", 2, tmp_path)
+    run_ranks(
+        2,
+        vocabulary_ranks.__file__,
+        "conventions,ascent,cross_entropy,distributed_tensors,disagreements,compiled",
+        str(tmp_path),
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_processes_reach_the_accuracy_of_one_and_train_language_models(tmp_path, ranks):
-    over_processes("accuracy,language_models", ranks, tmp_path)
+    checks = "accuracy,language_models,language_models_in_half"
+    run_ranks(ranks, vocabulary_ranks.__file__, checks, str(tmp_path))
 
 
 @pytest.mark.slow
 def test_four_processes_give_the_gradient_of_one(tmp_path):
     checks = "conventions,ascent,cross_entropy,distributed_tensors,mesh_of_two_dimensions,disagreements"
-    over_processes(checks, 4, tmp_path)
+    run_ranks(4, vocabulary_ranks.__file__, checks, str(tmp_path))

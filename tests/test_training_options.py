@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import tiny_models
 import torch
+from tiny_loops import APART, assert_alike
 from tiny_models import Gradients
 from torch import Tensor, nn
 
@@ -136,6 +137,33 @@ def test_mixed_precision_trains_as_full_precision_does(method, task, dtype):
     found = Gradients.of(model).flat()
     assert torch.cosine_similarity(found, expected, 0) > (0.97 if dtype == torch.bfloat16 else 0.999)
     assert 0.95 < found.norm() / expected.norm() < 1.05
+
+
+@every_method
+@every_task
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_accumulated_and_clipped_in_mixed_precision(method, task, dtype):
+    """Scaled micro-batches, unscaled once and clipped: what the whole batch leaves in the same precision, clipped."""
+    config, batch, found = METHODS[method].replace(std=0.1, step_size=0.2, epsilon=0.2), BATCHES[task](), []
+    labels = int((batch["labels"] != -100).sum())
+    for parts in ([slice(0, 4)], [slice(0, 1), slice(1, 4)]):
+        model = model_of(task, dtype=torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=dtype == torch.float16)
+        objective = AdversarialObjective(model, config)
+        for rows in parts:
+            part = {name: value[rows] for name, value in batch.items()}
+            share = int((part["labels"] != -100).sum()) / labels
+
+            def differentiate(loss: Tensor, share: float = share, scaler: torch.amp.GradScaler = scaler) -> None:
+                scaler.scale(loss * share).backward()
+
+            step(objective, part, differentiate, sample_offset=rows.start, autocast=dtype)
+        scaler.unscale_(optimizer)
+        assert nn.utils.clip_grad_norm_(model.parameters(), 0.1) > 0.2
+        found.append(Gradients.of(model).flat())
+        assert found[-1].norm() == pytest.approx(0.1, rel=1e-4)
+    assert_alike(found[1:], found[:1], APART[dtype])
 
 
 @every_method

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import tiny_models
 import torch
+from tiny_loops import FAR
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -45,6 +47,35 @@ REGRESSION = samples_of(tiny_models.regression_batch(8))
 MASKED_LM = samples_of(tiny_models.masked_lm_batch(8))
 
 
+IN_BF16 = {
+    "alum": (tiny_models.bert, CLASSIFICATION, FAR),
+    "freelb": (tiny_models.bert, CLASSIFICATION, ON_THE_WAY),
+    "masked_lm": (tiny_models.bert_masked_lm, MASKED_LM, FAR),
+}
+"""What a Trainer trains in bf16 over processes: model, samples and method."""
+
+ONE_STEP = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 8,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+"""Arguments of a training that is one step of plain SGD, unclipped."""
+
+
+def take_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers take their samples as they come."""
+    sampler = torch.utils.data.SequentialSampler
+    monkeypatch.setattr(Trainer, "_get_train_sampler", lambda self, *_: sampler(self.train_dataset))
+
+
 class GradientLog(TrainerCallback):
     """Gradients as the optimizer gets them, flat, one entry a step."""
 
@@ -64,21 +95,7 @@ def trainer_of(
     **options,
 ):
     """A trainer of a class on ``samples``, and the gradients it will compute."""
-    arguments = {
-        "max_steps": 1,
-        "per_device_train_batch_size": 8,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "label_names": ["labels"],
-    }
+    arguments = {**ONE_STEP, "dataloader_pin_memory": False, "label_names": ["labels"]}
     keywords = {key: options.pop(key) for key in ("compute_loss_func", "eval_dataset", "model_init") if key in options}
     log = GradientLog()
     trainer = kind(

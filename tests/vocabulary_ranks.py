@@ -1,7 +1,7 @@
 """One rank of a group that splits a vocabulary: every check of ``test_split_vocabulary.py`` that needs processes.
 
-``python vocabulary_ranks.py CHECKS RANK RANKS STORE`` runs the named checks, separated by commas; a failed assertion
-ends it with a traceback.
+``python vocabulary_ranks.py CHECKS FOLDER`` runs the named checks, separated by commas, as one rank of
+``processes.run_ranks``; a failed assertion ends it with a traceback.
 """
 
 import math
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from linear_operands import FUNCTIONS, NAMES, error, in_float64, operands, value_and_gradients
+from processes import join_group
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -163,7 +164,7 @@ def cross_entropy(ranks: Ranks) -> None:
             for name, gradient in ranks.own(gradients, place).items():
                 assert error(found[name], gradient) <= 1e-12, name
             ranks.assert_everywhere_the_same(found["hidden"])
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
         exact = {name: tensor.to(dtype).double().requires_grad_() for name, tensor in given.items()}
         want = linear_cross_entropy(exact["hidden"], exact["weight"], labels, exact["bias"])
         want.backward()
@@ -302,6 +303,28 @@ def language_models(ranks: Ranks) -> None:
             assert error(gradients[name], gradient) <= 1e-6, name
 
 
+def language_models_in_half(ranks: Ranks) -> None:
+    """The same under autocast, scaled in fp16."""
+    import tiny_models
+    from tiny_loops import APART, FAR, assert_alike
+
+    mesh, batch = init_device_mesh("cpu", (ranks.ranks,)), tiny_models.batch("causal_lm")
+    for dtype, scale in ((torch.bfloat16, 1.0), (torch.float16, 2.0**12)):
+        results = []
+        for split in (False, True):
+            model = tiny_models.make("gpt2", "causal_lm", tie_word_embeddings=False)
+            if split:
+                parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+            objective = AdversarialObjective(model, FAR.replace(fused_head=True))
+            assert (objective.linear_head.split is not None) == split
+            with torch.autocast("cpu", dtype):
+                objective.backward(batch, scale=scale, seed=torch.tensor([3]))
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            grads = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
+            results.append(torch.cat([grad.flatten() for grad in grads]) / scale)
+        assert_alike(results[1:], results[:1], APART[dtype], str(dtype))
+
+
 def compiled(ranks: Ranks) -> None:
     """torch.compile leaves the call out of its graph, and says so where a whole graph is asked for."""
     given = ranks.own(operands(), ranks.place(ranks.sizes(70, 20)))
@@ -317,9 +340,8 @@ def compiled(ranks: Ranks) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    checks, rank, ranks, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    checks, folder = sys.argv[1:]
+    rank, ranks = join_group(folder)
     for name in checks.split(","):
         globals()[name](Ranks(rank, ranks))
     dist.destroy_process_group()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils import get_total_norm
 
-from alum_kernels.ops.checks import check_count
+from alum_kernels.ops.checks import check_count, check_process_group
 from alum_kernels.ops.split_head import is_dtensor
 
 MOST_NAMES = 3
@@ -50,6 +50,9 @@ class FiniteGuard:
         patience: so many steps in a row that are not finite raise.
         group: of processes that decide together; None for all, where ``torch.distributed`` is initialised.
 
+    Raises:
+        TypeError, ValueError: no such number, or no process group.
+
     Attributes:
         skipped: steps that were left out so far.
         in_a_row: those since the last finite step.
@@ -67,8 +70,9 @@ class FiniteGuard:
         0
     """
 
-    def __init__(self, patience: int = 10, *, group: distributed.ProcessGroup | None = None) -> None:
+    def __init__(self, patience: int = 10, *, group: "distributed.ProcessGroup | None" = None) -> None:
         self.patience = check_count("patience", patience, 1)
+        check_process_group("group", group)
         self.group = group
         self.skipped = self.in_a_row = 0
         self._warned = False
@@ -122,7 +126,7 @@ class FiniteGuard:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take up a checkpoint."""
+        """Take up a checkpoint: ``state`` is what :meth:`state_dict` gave."""
         self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
 
     def _count(self, named: Mapping[str, Tensor], figures: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.linear_head import LinearHead, find_linear_head
 from alum_kernels.adversarial.model_state import has_static_graph, original
+from alum_kernels.adversarial.parallelism import GATHERED_IN_FORWARDS
 from alum_kernels.adversarial.passes import one_sample, refusal
 from alum_kernels.ops.linear_arguments import LINEAR_DIVERGENCES
 
@@ -38,18 +39,25 @@ class FusedHead:
         self.linear = self._find(config, own_loss)
 
     def of_batch(
-        self, model: nn.Module, batch: Mapping[str, Any], own_loss: bool, *, sharded: bool = False
+        self, model: nn.Module, batch: Mapping[str, Any], leaves_logits: bool, *, sharded: bool = False
     ) -> LinearHead | None:
-        """The linear head, if this batch can go through it; the first one with a label decides for all."""
+        """The linear head, if this batch can go through it; the first one with a label decides for all.
+
+        Args:
+            model: as it is trained.
+            batch: arguments of the model, labels included.
+            leaves_logits: the task's loss can do without them.
+            sharded: ``fully_shard`` was applied to the model.
+        """
         if self.linear is None:
             return None
         if sharded:
-            self.linear = self._refuse("fully_shard gathers the weight of its output projection in forward passes only")
+            self.linear = self._refuse(GATHERED_IN_FORWARDS)
         elif has_static_graph(model):
             self.linear = self._refuse(
                 "a static graph of DistributedDataParallel counts on the loss of its own outputs"
             )
-        elif not own_loss:
+        elif not leaves_logits:
             self.linear = self._refuse(OTHER_LOSS)
         elif not self._verified and (sample := one_sample(self._head, batch)) is not None:
             reason = refusal(self._model, self._head, sample, self.linear)

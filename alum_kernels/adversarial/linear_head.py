@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alum_kernels.adversarial.parallelism import GATHERED_IN_FORWARDS, is_fully_sharded
 from alum_kernels.adversarial.split_projection import SplitProjection
 from alum_kernels.backends.soft_cap import finished_logits
 from alum_kernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -146,11 +147,13 @@ def find_linear_head(model: nn.Module) -> LinearHead | str:
     vocabulary = getattr(text, "vocab_size", projection.out_features)
     if projection.out_features < vocabulary or projection.out_features < PROBED_CLASSES:
         return f"its output embeddings have {projection.out_features} rows, not a vocabulary's"
+    if is_fully_sharded(model):
+        return GATHERED_IN_FORWARDS
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
     cap = getattr(text, "final_logit_softcapping", None)
     try:
         head = LinearHead(projection, scale, None if cap is None else float(cap))
     except ValueError:
         return f"its output embeddings hold a DTensor with placements {projection.weight.placements}, not Shard(dim=0)"
-    obstacle = None if head.split is None else head.split.obstacle(model, PROBED_CLASSES)
+    obstacle = None if head.split is None else head.split.obstacle(PROBED_CLASSES)
     return head if obstacle is None else obstacle

@@ -80,7 +80,7 @@ def _train_adversarial_pass(
 
 
 def _leaf(part: Prediction) -> Prediction:
-    """The same prediction as the begin of a graph."""
+    """The same prediction as the beginning of a graph."""
     return replace(part, values=part.values.detach().requires_grad_())
 
 

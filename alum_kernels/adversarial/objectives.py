@@ -37,7 +37,7 @@ from alum_kernels.adversarial.schedule import Progress
 from alum_kernels.adversarial.seeds import NoiseSeeds
 from alum_kernels.adversarial.step import RepeatedState, weights_of
 from alum_kernels.adversarial.telemetry import Telemetry
-from alum_kernels.ops.checks import check_count
+from alum_kernels.ops.checks import check_count, check_process_group
 
 
 class AdversarialObjective:
@@ -99,7 +99,8 @@ class AdversarialObjective:
     ) -> None:
         self.model = model
         self.config = config
-        self.process_group = _checked(process_group)
+        check_process_group("process_group", process_group)
+        self.process_group = process_group
         check_parallelism(model, config, None if process_group is None else process_group.size())
         inner = original(model)
         self.head = _head_of(inner, head, config)
@@ -352,13 +353,6 @@ class AdversarialObjective:
 
     def _now(self) -> Progress:
         return self._progress or Progress(self._steps)
-
-
-def _checked(process_group: Any) -> "distributed.ProcessGroup | None":
-    if process_group is not None and not isinstance(process_group, distributed.ProcessGroup):
-        got = type(process_group).__name__
-        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup that this rank is in, got {got}")
-    return process_group
 
 
 def _head_of(model: nn.Module, name: str | None, config: AdversarialConfig) -> Head | None:

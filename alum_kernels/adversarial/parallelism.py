@@ -15,6 +15,10 @@ from torch import nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.model_state import original, unwrap
+from alum_kernels.ops.split_head import is_dtensor
+
+GATHERED_IN_FORWARDS = "fully_shard gathers the weight of its output projection in forward passes only"
+"""Why a language model that is fully sharded goes through its logits."""
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
@@ -118,8 +122,7 @@ def _shards(model: nn.Module) -> int:
 
 def _split_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Names and ``DTensor`` parameters."""
-    kind = _imported("torch.distributed.tensor", "DTensor")
-    return (pair for pair in model.named_parameters() if kind is not None and isinstance(pair[1], kind))
+    return (pair for pair in model.named_parameters() if is_dtensor(pair[1]))
 
 
 def _imported(package: str, name: str) -> Any:

@@ -6,7 +6,6 @@ and a hook after it takes a DTensor whose classes are split. What lies between t
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -28,11 +27,8 @@ class SplitProjection:
     def __init__(self, projection: nn.Linear) -> None:
         self.mesh, self.axis, self.sizes = class_split(projection.weight)
 
-    def obstacle(self, model: nn.Module, classes: int) -> str | None:
+    def obstacle(self, classes: int) -> str | None:
         """Why the projection cannot be taken apart, or None if it can: ``classes`` are probed on every rank."""
-        sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-        if sharded is not None and any(isinstance(module, sharded) for module in model.modules()):
-            return "fully_shard gathers the weight of its output projection in forward passes only"
         if min(self.sizes) < classes:
             return f"a rank has {min(self.sizes)} of its classes, fewer than {classes}"
         return None

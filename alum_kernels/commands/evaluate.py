@@ -6,8 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alum_kernels.commands.errors import CommandError
+from alum_kernels.corpora import CorpusError
+from alum_kernels.evaluation import accuracy_under_attack, largest_loss_increase, local_smoothness
+from alum_kernels.training import atomic
+from alum_kernels.training.data import numbered, read_held_out, samples_of
 from alum_kernels.training.errors import TrainingError, WriteError
+from alum_kernels.training.loop import batches_in_order, chosen_device
+from alum_kernels.training.models import load_model, load_tokenizer, read_config
+from alum_kernels.training.precision import Precision
+from alum_kernels.training.scores import scores
 from alum_kernels.training.settings import CAUSAL_LM, CLASSIFICATION, LABELLED, MASKED_LM, REGRESSION, Settings
 
 ENDINGS = {
@@ -41,9 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a table of the figures."""
-    from alum_kernels.corpora import CorpusError
-    from alum_kernels.training import atomic
-
     for name, least in (("batch_size", 1), ("length", 8), ("attack_steps", 0), ("attack_samples", 0)):
         if getattr(arguments, name) < least:
             raise CommandError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(arguments, name)}")
@@ -72,14 +79,6 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         TrainingError, CorpusError: a model or data that cannot be used.
     """
-    import torch
-
-    from alum_kernels.training.data import numbered, read_held_out, samples_of
-    from alum_kernels.training.loop import batches_in_order, chosen_device
-    from alum_kernels.training.models import load_model, load_tokenizer, read_config
-    from alum_kernels.training.precision import Precision
-    from alum_kernels.training.scores import scores
-
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     folder = arguments.model / "model" if (arguments.model / "model").is_dir() else arguments.model
@@ -117,8 +116,6 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def withstood(model: Any, batches: list, task: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Figures under attack (:mod:`alum_kernels.evaluation`)."""
-    from alum_kernels.evaluation import accuracy_under_attack, largest_loss_increase, local_smoothness
-
     search = {
         "epsilon": arguments.epsilon, "steps": arguments.attack_steps, "norm": arguments.norm, "seed": arguments.seed,
     }  # fmt: skip

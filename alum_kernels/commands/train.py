@@ -12,14 +12,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.finite import NonFiniteError
+from alum_kernels.adversarial.out_of_memory import refused_memory
 from alum_kernels.commands.errors import CommandError
 from alum_kernels.commands.invocation import again
 from alum_kernels.commands.parser import nearest
-from alum_kernels.training import run_folder
+from alum_kernels.corpora import CorpusError, read_settings
+from alum_kernels.training import atomic, run_folder
+from alum_kernels.training.checkpoint import Checkpoints
+from alum_kernels.training.data import read_data
 from alum_kernels.training.errors import TrainingError, WriteError
+from alum_kernels.training.loop import Training
 from alum_kernels.training.methods import CONSTANTS, check_resumable, method_config
 from alum_kernels.training.settings import Settings, names, options
+from alum_kernels.training.stopping import StopRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,10 +57,6 @@ def _text(value: Any) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; the exit code is 0, 1 where the training failed on its way, or 130 or 143 after a signal."""
-    from alum_kernels.adversarial.finite import NonFiniteError
-    from alum_kernels.adversarial.out_of_memory import refused_memory
-    from alum_kernels.corpora import CorpusError
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CommandError(
             "expected one process, got WORLD_SIZE > 1: a checkpoint of this command holds the generators of one; "
@@ -97,8 +102,6 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         TrainingError: an unknown key in the file.
         CorpusError: the file cannot be read.
     """
-    from alum_kernels.corpora import read_settings
-
     flags = {name: value for name, value in vars(arguments).items() if name in names()}
     if arguments.config is None:
         return flags
@@ -115,13 +118,6 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(settings: Settings, config: AdversarialConfig | None, folder: Path, *, resume: bool) -> int:
-    import torch
-
-    from alum_kernels.training.checkpoint import Checkpoints
-    from alum_kernels.training.data import read_data
-    from alum_kernels.training.loop import Training
-    from alum_kernels.training.stopping import StopRequest
-
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     data = read_data(settings)
@@ -131,7 +127,7 @@ def _run(settings: Settings, config: AdversarialConfig | None, folder: Path, *, 
         if note := run_folder.check_record(folder, settings, record):
             _say(note)
         checkpoint = Checkpoints(folder, settings.keep, _say).newest()
-        _say(f"{folder}: going on from {'the begin' if checkpoint is None else checkpoint.folder.name}")
+        _say(f"{folder}: going on from {'the beginning' if checkpoint is None else checkpoint.folder.name}")
     training = Training(settings, config, data, checkpoint, _say)
     run_folder.write_begin(folder, settings, record)
     print(training.summary, flush=True)
@@ -145,9 +141,7 @@ def _run(settings: Settings, config: AdversarialConfig | None, folder: Path, *, 
     return 0
 
 
-def _finish(training: Any, folder: Path, dev: dict[str, float] | None) -> None:
-    from alum_kernels.training import atomic
-
+def _finish(training: Training, folder: Path, dev: dict[str, float] | None) -> None:
     model = training.write_model()
     results = {"steps": training.total, "dev": dev, "settings": training.settings.to_dict()}
     atomic.write_text(folder / run_folder.RESULTS, json.dumps(results, indent=1) + "\n")

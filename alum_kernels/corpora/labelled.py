@@ -8,7 +8,7 @@ from typing import Any
 
 from alum_kernels.corpora.comma_separated import csv_records
 from alum_kernels.corpora.json_text import json_objects, kind_of, text_of
-from alum_kernels.corpora.text import CorpusError, shown, text_lines
+from alum_kernels.corpora.text import CorpusError, reader_for, shown, text_lines
 
 TEXT_COLUMNS = (("text",), ("sentence",), ("sentence1", "sentence2"))
 """What the columns of the text may be called where nobody names them; the first of these that is there."""
@@ -82,10 +82,7 @@ def read_labelled(path: Path, *, text: tuple[str, ...] = (), label: str = "") ->
     path = Path(path)
     if isinstance(text, str) or len(text) > 2:
         raise ValueError(f"text: expected a tuple of one or two names, got {text!r}")
-    readers = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_objects}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise CorpusError(f"{path}: expected a file called {', '.join(f'*{suffix}' for suffix in readers)}")
+    reader = reader_for(path, {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_objects})
     return reader(path, tuple(text), label)
 
 

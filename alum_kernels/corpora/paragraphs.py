@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from alum_kernels.corpora.json_text import json_objects, text_of
-from alum_kernels.corpora.text import CorpusError, text_lines
+from alum_kernels.corpora.text import CorpusError, reader_for, text_lines
 
 TEXT_FIELD = "text"
 
@@ -19,11 +19,7 @@ def read_paragraphs(path: Path) -> list[str]:
             the line.
     """
     path = Path(path)
-    readers = {".txt": _plain, ".jsonl": _of_objects}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise CorpusError(f"{path}: expected a file called {', '.join(f'*{suffix}' for suffix in readers)}")
-    return reader(path)
+    return reader_for(path, {".txt": _plain, ".jsonl": _of_objects})(path)
 
 
 def _plain(path: Path) -> list[str]:

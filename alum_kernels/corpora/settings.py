@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alum_kernels.corpora.json_text import DuplicateKeyError, kind_of, parse_json
-from alum_kernels.corpora.text import CorpusError, line_of, read_text
+from alum_kernels.corpora.text import CorpusError, line_of, read_text, reader_for
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -29,10 +29,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         {'alpha': 1.0}
     """
     path = Path(path)
-    readers = {".yaml": _from_yaml, ".yml": _from_yaml, ".json": _from_json}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise CorpusError(f"{path}: expected a file called {', '.join(f'*{suffix}' for suffix in readers)}")
+    reader = reader_for(path, {".yaml": _from_yaml, ".yml": _from_yaml, ".json": _from_json})
     return reader(path, read_text(path))
 
 

@@ -1,6 +1,10 @@
 """A file's bytes as text: UTF-8 in lines of a bounded length, without NUL."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
+
+Reader = TypeVar("Reader", bound=Callable)
 
 LONGEST_LINE = 1 << 20
 """Characters of a line, line end apart. A longer one is no line of examples but a file of another kind."""
@@ -16,6 +20,18 @@ _MARKS = {
 
 class CorpusError(ValueError):
     """A file that cannot be used; its message begins with ``path:line: ``, or ``path: `` where no line is meant."""
+
+
+def reader_for(path: Path, readers: Mapping[str, Reader]) -> Reader:
+    """The reader of files that are called as this one is; ``readers`` are by suffix, ``.csv`` and so on.
+
+    Raises:
+        CorpusError: there is none.
+    """
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise CorpusError(f"{path}: expected a file called {', '.join(f'*{suffix}' for suffix in readers)}")
+    return reader
 
 
 def read_text(path: Path) -> str:

@@ -109,7 +109,7 @@ class AcceleratedObjective(AdversarialObjective):
     def backward(
         self, batch: Mapping[str, Any], scale: float | Tensor = 1.0, backward: Backward | None = None, **options: Any
     ) -> dict[str, Tensor]:
-        """The parent's, by ``accelerator.backward``."""
+        """The parent's, by ``accelerator.backward``; ``batch``, ``scale`` and the options are its."""
         return super().backward(batch, scale, backward or self._accelerator.backward, **options)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
@@ -127,6 +127,7 @@ class AcceleratedObjective(AdversarialObjective):
         return {**super().state_dict(), "optimizer_steps": self.optimizer_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint: ``state`` is what :meth:`state_dict` gave."""
         super().load_state_dict(state)
         self.optimizer_steps = state["optimizer_steps"]
         self._place.begin()

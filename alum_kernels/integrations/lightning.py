@@ -5,15 +5,14 @@ It uses nothing of Lightning but the module that it is mixed into, so ``lightnin
 
 import math
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from alum_kernels.adversarial.noise_place import NoisePlace
 from alum_kernels.adversarial.objectives import AdversarialObjective
-from alum_kernels.adversarial.output import AdversarialOutput
 from alum_kernels.adversarial.run import Samples, Update
 from alum_kernels.adversarial.samples import sample_count
 
@@ -21,6 +20,8 @@ CHECKPOINT_KEY = "alum_kernels"
 """Entry of a checkpoint that holds the state of the noise and of a teacher."""
 
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+
+Result = TypeVar("Result")
 
 
 class AdversarialModuleMixin:
@@ -100,7 +101,7 @@ class AdversarialModuleMixin:
                 f"training_step: expected adversarial_backward(batch) with automatic_optimization = False for "
                 f"{config.method}, whose steps have several backwards, got adversarial_loss"
             )
-        return self._adversarial_step(batch, samples=samples).loss
+        return self._adversarial_step(self.adversarial.forward, batch, samples=samples).loss
 
     def adversarial_backward(
         self,
@@ -127,13 +128,8 @@ class AdversarialModuleMixin:
                 "adversarial_backward: expected manual optimization, got automatic, which zeroes gradients after "
                 "training_step; set self.automatic_optimization = False in __init__, or return adversarial_loss(batch)"
             )
-
-        def differentiate(loss: Tensor) -> None:
-            self.manual_backward(loss * scale)
-
-        output = self._adversarial_step(batch, backward=differentiate, update=update, samples=samples)
-        differentiate(output.loss)
-        return output.figures()
+        options = {"scale": scale, "backward": self.manual_backward, "update": update, "samples": samples}
+        return self._adversarial_step(self.adversarial.backward, batch, **options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -155,7 +151,8 @@ class AdversarialModuleMixin:
             state.pop(name, None)
         return state
 
-    def _adversarial_step(self, batch: Mapping[str, Any], **options: Any) -> AdversarialOutput:
+    def _adversarial_step(self, run: Callable[..., Result], batch: Mapping[str, Any], **options: Any) -> Result:
+        """One of the objective's steps at its place in the training, and the telemetry where it is due."""
         if not torch.is_grad_enabled():
             raise RuntimeError("adversarial_loss: expected a call in training_step, got one without gradients")
         objective = self.adversarial
@@ -164,13 +161,13 @@ class AdversarialModuleMixin:
         step, count = self.trainer.global_step, sample_count(batch)
         objective.set_progress(step, self._adversarial_total)
         seed, sample_offset = self._noise.next(count, step)
-        output = objective.forward(batch, seed=seed, sample_offset=sample_offset, **options)
+        result = run(batch, seed=seed, sample_offset=sample_offset, **options)
         every = self.trainer.log_every_n_steps
         if every and (step + 1) % every == 0 and step != self._adversarial_logged:
             self._adversarial_logged = step
             figures = objective.telemetry.read()
             self.log_dict({f"adv_{name}": value for name, value in figures.items()}, batch_size=count)
-        return output
+        return result
 
     def _begin_training(self, objective: AdversarialObjective) -> None:
         trainer = self.trainer

@@ -42,10 +42,9 @@ from alum_kernels.adversarial.model_state import original, unwrap
 from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE, in_fp16
 from alum_kernels.adversarial.row_losses import widened
 from alum_kernels.adversarial.sites import Site, perturbed_sites
-from alum_kernels.backends.reference.projected_ascent import RESCALE_FLOOR
+from alum_kernels.integrations.rescaled_ascent import rescaled_ascent
 from alum_kernels.ops.checks import check_choice, check_count, check_magnitude
 from alum_kernels.ops.noise_init import noise_init
-from alum_kernels.ops.projected_ascent import projected_ascent
 from alum_kernels.ops.squared_error import squared_error
 from alum_kernels.ops.symmetric_kl import symmetric_kl
 
@@ -332,19 +331,9 @@ class _Climb:
         if own.norm_p != "inf":
             self._delta = self._rescaled(target, target)
             return (embed + self._delta).to(embed.dtype)
-        # x / (max|x| + epsilon) = c x / (max|c x| + floor) with c = floor / epsilon
-        share = RESCALE_FLOOR / own.epsilon
-        perturbed, self._delta = projected_ascent(
-            embed,
-            grad,
-            self._delta * share,
-            step_size=own.step_size * share,
-            epsilon=0.0,
-            norm="linf_rescale",
-            level="sequence" if own.norm_level else "token",
-            mask=self._mask,
-            return_delta=True,
-        )
+        level = "sequence" if own.norm_level else "token"
+        sizes = {"step_size": own.step_size, "epsilon": own.epsilon, "level": level}
+        perturbed, self._delta = rescaled_ascent(embed, grad, self._delta, mask=self._mask, **sizes)
         return perturbed
 
     def _rescaled(self, part: Tensor, whole: Tensor) -> Tensor:

@@ -17,9 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from alum_kernels.backends.reference.projected_ascent import RESCALE_FLOOR
+from alum_kernels.integrations.rescaled_ascent import rescaled_ascent
 from alum_kernels.ops.checks import check_choice, check_count, check_magnitude
-from alum_kernels.ops.projected_ascent import projected_ascent
 from alum_kernels.ops.symmetric_kl import kl, symmetric_kl
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -28,7 +27,7 @@ REDUCTIONS = ("batchmean", "sum", "mean")
 
 
 def inf_norm(x: Tensor) -> Tensor:
-    """(..., 1) largest magnitude over the last dimension of (..., H)."""
+    """(..., 1) largest magnitude over the last dimension of ``x`` (..., H)."""
     return x.abs().amax(-1, keepdim=True)
 
 
@@ -118,17 +117,8 @@ class SMARTLoss(nn.Module):
             step = delta + self.step_size * grad
             delta = step / (self.norm_fn(step) + self.epsilon)
             return _moved(embed, delta), delta
-        # x / (max|x| + epsilon) = c x / (max|c x| + floor) with c = floor / epsilon
-        share = RESCALE_FLOOR / self.epsilon
-        perturbed, delta = projected_ascent(
-            _tokens(embed),
-            _tokens(grad),
-            _tokens(delta) * share,
-            step_size=self.step_size * share,
-            epsilon=0.0,
-            norm="linf_rescale",
-            level="token",
-            return_delta=True,
+        perturbed, delta = rescaled_ascent(
+            _tokens(embed), _tokens(grad), _tokens(delta), step_size=self.step_size, epsilon=self.epsilon
         )
         return perturbed.view_as(embed), delta.view_as(embed)
 
@@ -160,7 +150,7 @@ def kl_loss(input: Tensor, target: Tensor, reduction: str = "batchmean") -> Tens
 def sym_kl_loss(input: Tensor, target: Tensor, reduction: str = "sum", alpha: float = 1.0) -> Tensor:  # noqa: A002
     """alpha KL(q || p) + KL(p || q) with p = softmax(input), q = softmax(target), the first of each held constant.
 
-    Arguments as :func:`kl_loss`.
+    Takes arguments as :func:`kl_loss` does, and ``alpha``.
     """
     if alpha == 1.0:
         total = symmetric_kl(input, target, reduction="sum", gradient="detach_targets")

@@ -70,13 +70,13 @@ class AdversarialTrainerMixin:
     outputs then have none, and its loss is computed beside the model. A loss outside the model (``compute_loss_func``,
     label smoothing) keeps the logits.
 
-    A ``compute_loss`` of the subclass is the task's loss: it runs on the clean batch, goes on as it is, and keeps the
-    logits. It calls the model once, and gives the outputs of that call with ``return_outputs=True``. It sees the
-    micro-batch as a whole optimizer step of one process: ``num_items_in_batch`` is the micro-batch's, and a loss that
-    divides by the accumulated steps divides by one; what follows of that is done here. (A loss that is no mean over
-    its items is taken for one.) A ``training_step`` of the subclass stays, as long as it calls ``compute_loss``; if it
-    puts a factor of its own on the loss, ``loss_is_scaled_for_ga`` says whether that is one over the accumulated steps.
-    A ``compute_loss`` in a class *before* the mixin wraps the whole adversarial loss, which ``super()`` gives it.
+    A ``compute_loss`` of the subclass is the task's loss: it runs as it is, on the clean batch, and keeps the logits.
+    It calls the model once, and gives the outputs of that call with ``return_outputs=True``. It sees the micro-batch as
+    a whole optimizer step of one process: ``num_items_in_batch`` is the micro-batch's, and a loss that divides by the
+    accumulated steps divides by one; what follows of that is done here. (A loss that is no mean over its items is taken
+    for one.) A ``training_step`` of the subclass stays, as long as it calls ``compute_loss``; if it puts a factor of
+    its own on the loss, ``loss_is_scaled_for_ga`` says whether that is one over the accumulated steps. A
+    ``compute_loss`` in a class *before* the mixin wraps the whole adversarial loss, which ``super()`` gives it.
 
     TRL's ``SFTTrainer`` keeps its loss, its token accuracy and entropy, and its way without logits
     (:mod:`alum_kernels.integrations.sft_loss`): the method must be one for which no logits are formed either.

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -75,6 +76,15 @@ def check_count(name: str, value: int, least: int = 0) -> int:
     if value < least:
         raise ValueError(f"{name}: expected a number >= {least}, got {value}")
     return value
+
+
+def check_process_group(name: str, group: Any) -> None:
+    """Raises TypeError for what is neither None nor a process group with this rank in it (others get an int for it)."""
+    if group is None or (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
+        return
+    raise TypeError(
+        f"{name}: expected a torch.distributed.ProcessGroup that this rank is in, or None, got {type(group).__name__}"
+    )
 
 
 def per_token(name: str, value: float | Tensor, embeds: Tensor) -> tuple[Tensor | None, float]:

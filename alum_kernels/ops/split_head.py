@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alum_kernels.backends.vocabulary_group import VocabularySplit, gathered
+from alum_kernels.ops.checks import check_process_group
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
@@ -67,11 +68,7 @@ def local_head(
     states = tuple(tensor for _, tensor in hidden)
     if group is None:
         return LocalHead(states, weight, bias, None, None)
-    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(
-            "group: expected a torch.distributed process group that this rank is in, or None, "
-            f"got {type(group).__name__}"
-        )
+    check_process_group("group", group)
     if torch.distributed.get_world_size(group) == 1:
         group = None
     return LocalHead(states, weight, bias, group, None)

@@ -34,6 +34,7 @@ from alum_kernels.training.stopping import StopRequest
 from alum_kernels.training.window import Window
 
 HELD_OUT = Moment(0, 1, 0)
+"""For held-out samples, whose masks do not go with the training."""
 
 
 class Outcome(NamedTuple):
@@ -51,7 +52,7 @@ class Training:
         settings: what is asked for.
         config: the method; None is standard training.
         data: the samples.
-        checkpoint: where to go on; None is the begin.
+        checkpoint: where to go on; None is the beginning.
         say: tells a person a line.
 
     Raises:
@@ -112,7 +113,7 @@ class Training:
         )
         started = time.perf_counter()
         try:
-            while self._step < self.total and (stop.received is None):
+            while self._step < self.total and stop.received is None:
                 self._make_step()
                 progress.update()
                 last = self._step == self.total

@@ -1,5 +1,6 @@
 """Pretrained models by folder or name, with the head of a task."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,6 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     Raises:
         TrainingError: it has none that can be read.
     """
-    import json
-
     check_source(str(folder))
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))

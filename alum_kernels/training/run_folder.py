@@ -1,6 +1,6 @@
 """The folder of a run: what it was asked for, what it was made from, and whether it may be gone on with.
 
-settings.json     the settings, as --config takes them; there from the begin of the run on
+settings.json     the settings, as --config takes them; there from the beginning of the run
 record.json       the method's constants in full, fingerprints of the data, versions
 log.jsonl         losses and evaluations
 checkpoint-N/     see checkpoint.py

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from alum_kernels.adversarial.labels import IGNORED_LABEL
 from alum_kernels.training.batches import Batch
 from alum_kernels.training.precision import Precision
 from alum_kernels.training.settings import CAUSAL_LM, LABELLED, REGRESSION
@@ -32,7 +33,7 @@ def scores(model: nn.Module, batches: Iterable[Batch], task: str, precision: Pre
         logits, labels = output.logits.float(), placed["labels"]
         if task == CAUSAL_LM:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        counted = labels != -100 if task not in LABELLED else torch.ones_like(labels, dtype=torch.bool)
+        counted = labels != IGNORED_LABEL if task not in LABELLED else torch.ones_like(labels, dtype=torch.bool)
         if not bool(counted.any()):
             continue
         predicted.append((logits.squeeze(-1) if task == REGRESSION else logits.argmax(-1))[counted])

@@ -31,7 +31,7 @@ def draw(draw: Draw, op: str) -> tuple[dict[str, Held | None], dict[str, Any]]:
     dtype = draw.choice((torch.float32, torch.bfloat16, torch.float16, torch.float64), (8, 2, 2, 1))
     # the square of a huge number is infinite in fp32
     kind = draw.choice(("usual", "equal"), (9, 1)) if op == "squared_error" else draw.choice(KINDS, (14, 1, 1, 2, 2, 1))
-    a, b, _ = draw_pair(draw, shape, kind)
+    a, b = draw_pair(draw, shape, kind)
     mask = draw.mask(*rows)
     count = a[..., 0].numel()
     if count and draw.chance(0.3) and op != "squared_error":

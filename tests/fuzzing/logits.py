@@ -33,8 +33,8 @@ def draw_shape(draw: Draw) -> tuple[int, ...]:
     return (*leading, columns)
 
 
-def draw_pair(draw: Draw, shape: tuple[int, ...], kind: str) -> tuple[Tensor, Tensor, float]:
-    """Adversarial and clean logits, float64, and the size of the perturbation."""
+def draw_pair(draw: Draw, shape: tuple[int, ...], kind: str) -> tuple[Tensor, Tensor]:
+    """Adversarial and clean logits, float64."""
     scale, perturbation = draw.choice((0.01, 0.5, 3.0, 8.0)), draw.size(1e-6, 50)
     b = scale * draw.normal(*shape)
     raised = draw.indices(shape[-1], *shape[:-1], 1)
@@ -56,7 +56,7 @@ def draw_pair(draw: Draw, shape: tuple[int, ...], kind: str) -> tuple[Tensor, Te
         change.scatter_add_(-1, (raised + 1) % shape[-1], gap)
     elif kind == "equal":
         change = torch.zeros_like(change)
-    return b + change, b, perturbation
+    return b + change, b
 
 
 def spoil(draw: Draw, a: Tensor, b: Tensor) -> None:

