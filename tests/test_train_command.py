@@ -17,6 +17,8 @@ from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels import __main__ as command_line
 from alum_kernels.training import journal
 from alum_kernels.training.batches import LabelledText, Order, encode_texts
+from alum_kernels.training.errors import TrainingError
+from alum_kernels.training.models import check_length
 from alum_kernels.training.precision import Precision
 from alum_kernels.training.settings import Settings, names
 from alum_kernels.training.step import Stepper
@@ -165,6 +167,28 @@ def test_values_are_read_as_what_they_mean():
     assert Settings.of(settings.to_dict()) == settings
 
 
+@pytest.mark.parametrize(
+    ("name", "longest"), [("bert", 24), ("roberta", 24 - 2), ("gpt2", 24), ("t5", None), ("bart", 24)]
+)
+def test_samples_are_no_longer_than_the_positions_that_a_model_has(name, longest):
+    """The longest sample runs, and one token more does not; T5 has no table."""
+    model = tiny_models.CLASSIFIERS[name]().eval()
+    if longest is None:
+        check_length(model, 1000)
+        return
+    check_length(model, longest)
+    with pytest.raises(
+        TrainingError, match=f"^length: expected at most {longest}, the positions of .*, got {longest + 1}$"
+    ):
+        check_length(model, longest + 1)
+    with torch.no_grad():
+        tokens = torch.full((2, longest + 1), 3)
+        tokens[:, -1] = tokens[:, longest - 1] = 2
+        assert torch.isfinite(model(input_ids=tokens[:, :longest]).logits).all()
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=tokens)
+
+
 WRONG = {
     "no such file": ({"train": "absent.tsv"}, "absent.tsv: No such file or directory"),
     "a folder": ({"train": "{folder}"}, "{folder}: "),
@@ -181,6 +205,8 @@ WRONG = {
     "what no checkpoint has": ({"method": "smart", "delta_lifetime": 2}, "delta_lifetime: expected 1, got 2"),
     "a module that is not there": ({"method": "smart", "modules": "absent"}, "not for BertForSequenceClassification"),
     "a bad number": ({"learning_rate": "fast"}, "learning_rate: expected a number above 0, got 'fast'"),
+    "an infinite number": ({"learning_rate": "Infinity"}, "learning_rate: expected a number above 0, got 'Infinity'"),
+    "more than the positions": ({"length": 65}, "length: expected at most 64, the positions of BertForSequence"),
     "none at all": ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got '0'"),
     "a large batch": ({"batch_size": 99}, "batch_size: expected at most the 24 samples that there are, got 99"),
     "a bad task": ({"task": "translation"}, "task: expected one of classification, regression"),

@@ -22,7 +22,13 @@ from alum_kernels.training.errors import TrainingError
 from alum_kernels.training.journal import Journal
 from alum_kernels.training.learning_rate import linear_share
 from alum_kernels.training.methods import adversarial_objective
-from alum_kernels.training.models import bundled_model, checkpoint_activations, load_model, load_tokenizer
+from alum_kernels.training.models import (
+    bundled_model,
+    check_length,
+    checkpoint_activations,
+    load_model,
+    load_tokenizer,
+)
 from alum_kernels.training.optimizer import adamw
 from alum_kernels.training.precision import Precision
 from alum_kernels.training.random_state import random_state, restore_random_state
@@ -84,6 +90,7 @@ class Training:
         self.total = settings.steps or max(1, round(settings.epochs * steps_of_epoch))
         torch.manual_seed(settings.seed)
         self._model = load_model(source, settings.task, self._tokenizer, data.classes).to(self._device).train()
+        check_length(self._model, settings.length)
         if settings.gradient_checkpointing:
             checkpoint_activations(self._model)
         self._objective = adversarial_objective(self._model, config)

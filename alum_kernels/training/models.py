@@ -19,6 +19,9 @@ CLASSES = {
 }
 """What transformers calls the models of a task."""
 
+POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
+"""What transformers calls embeddings of absolute positions."""
+
 
 def bundled_model() -> str:
     """Folder of the pretrained MiniLM that comes as a package.
@@ -120,6 +123,27 @@ def aligned(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Refuse samples for which a model has no positions; one that computes them, as rotary ones do, has no limit.
+
+    Args:
+        model: of transformers.
+        length: tokens of a sample at most.
+
+    Raises:
+        TrainingError: a table of the model's positions is shorter.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in POSITION_TABLES:
+            # tables of RoBERTa's kind begin behind the padding's place, of OPT's and BART's after a constant
+            unused = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
+            if length > module.num_embeddings - unused:
+                raise TrainingError(
+                    f"length: expected at most {module.num_embeddings - unused}, the positions of "
+                    f"{type(model).__name__}, got {length}"
+                )
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ A command line has text only; YAML reads ``1e-3`` as text. Each converter takes 
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,12 +45,13 @@ def whole(least: int, most: int = (1 << 63) - 1) -> Convert:
 
 
 def number(least: float = 0.0, most: float = float("inf"), *, above: bool = False) -> Convert:
-    """A float from ``least`` to ``most``, ``above`` it or not below it."""
+    """A finite float from ``least`` to ``most``, ``above`` it or not below it."""
 
     def convert(value: Any) -> float:
         found = parsed(value)
         right = isinstance(found, int | float) and not isinstance(found, bool)
-        if not right or not (least < found if above else least <= found) or not found <= most:
+        finite = right and math.isfinite(found)
+        if not finite or not (least < found if above else least <= found) or not found <= most:
             bound = f"above {least:g}" if above else f"of at least {least:g}"
             upper = "" if most == float("inf") else f" and at most {most:g}"
             raise ValueError(f"expected a number {bound}{upper}, got {value!r}")
