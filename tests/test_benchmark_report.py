@@ -74,6 +74,15 @@ FILES = {
             for method, size in (("standard", 200), ("alum_finetuning", 394), ("alum, memory low", 203))
         ],
     },
+    "pass-costs": {
+        "machine": MACHINE,
+        "results": [
+            {
+                "shape": "minilm-cls-16x64", "fraction": 0.25, "floor_of_standard": 1.4911,
+                "bound_at_fraction": 1.4201, "timings": {"standard": timing(0.48), "part": timing(0.1234)},
+            }
+        ],
+    },
     "growth": {
         "machine": MACHINE,
         "results": [
@@ -129,8 +138,14 @@ def test_every_figure_of_a_step_is_that_of_the_file(tmp_path):
     assert "2.80×" in text, "a compiled step is compared with the compiled standard one"
 
 
+def test_passes_and_their_sum(tmp_path):
+    text = text_of(page_of(write(tmp_path, "pass-costs"), folder=tmp_path))
+    assert "0.25 of the batch: the passes take 1.49× a standard step, counted 1.42×" in text
+    assert "forward and backward, the chosen samples 2 123" in text
+
+
 def test_estimators_memory_growth_and_what_is_not_known(tmp_path):
-    kinds = ("estimators", "memory", "growth", "gpu-check", "weather")
+    kinds = ("estimators", "memory", "pass-costs", "growth", "gpu-check", "weather")
     text = text_of(page_of(*(write(tmp_path, kind) for kind in kinds), folder=tmp_path))
     for words in (
         "adversarial_fraction", "A quarter of the samples & no more.", "Another regulariser.", "1.44×",

@@ -221,8 +221,8 @@ def test_half_precision_on_a_gpu_takes_both_logits():
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"group": "world"}, TypeError, "^group: expected a torch.distributed process group .*, got str"),
-        ({"group": -100}, TypeError, "^group: expected a torch.distributed process group .*, got int"),
+        ({"group": "world"}, TypeError, "^group: expected a torch.distributed.ProcessGroup .*, got str"),
+        ({"group": -100}, TypeError, "^group: expected a torch.distributed.ProcessGroup .*, got int"),
         ({"weight": [Shard(1)]}, ValueError, r"^weight: expected a DTensor with placement .*got \(Shard\(dim=1\),\)"),
         ({"weight": [Partial()]}, ValueError, r"^weight: .*got \(Partial\(sum\),\); weight.redistribute"),
         (

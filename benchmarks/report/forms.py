@@ -103,6 +103,14 @@ FORMS: dict[str, dict[str, Any]] = {
             }
         )
     },
+    "pass-costs": {
+        "results": Each(
+            {
+                "shape": TEXT, "fraction": NUMBER, "timings": Values(MEDIAN), "floor_of_standard": NUMBER,
+                "bound_at_fraction": NUMBER,
+            }
+        )
+    },
     "memory": {
         "results": Each(
             {
