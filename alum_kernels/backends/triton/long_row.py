@@ -68,12 +68,10 @@ def analyse_stream(
     sum_p = tl.full((), 0.0, tl.float64)
     wide = tl.full((), 0, tl.int32)
     kind = tl.full((), 0, tl.int32)
-    clean = tl.full((), 0, tl.int32)  # whether b has a class
     for start in range(0, length, BLOCK):
         column, a, b, difference = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
         kinds = kind_of(a, b)
         kind = tl.maximum(kind, tl.max(kinds, 0))
-        clean = tl.maximum(clean, tl.max((b > -INFINITY).to(tl.int32), 0))
         dead = kinds != REGULAR
         a, b = tl.where(dead, LOWEST, a), tl.where(dead, LOWEST, b)
         difference = tl.where(dead, 0.0, difference)
@@ -110,7 +108,13 @@ def analyse_stream(
         sum_b += tl.sum(gain, 0).to(tl.float64)
         sum_c += tl.sum(gain * d, 0).to(tl.float64)
 
-    kind = tl.where(clean != 0, kind, 0)
+    if kind == 2:
+        # looked at here, since another value through the loop above would spill
+        clean = tl.full((), 0, tl.int32)  # whether b has a class
+        for start in range(0, length, BLOCK):
+            _, _, b, _ = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
+            clean = tl.maximum(clean, tl.max((b > -INFINITY).to(tl.int32), 0))
+        kind = tl.where(clean != 0, kind, 0)
     undefined = kind != REGULAR
     if (wide != 0) & (undefined == 0):
         # one side underflows against the other: a maximum for each
