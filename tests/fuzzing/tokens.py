@@ -203,12 +203,19 @@ def _check_ascent(tensors, options, results, delta, error, kept, judge) -> tuple
     tolerance = rounding * shrunk + ROUNDINGS * place * want.abs() + 2.0**-149
     if options["norm"] == "l2" and wide == torch.float32:  # radius over norm may be subnormal
         tolerance = tolerance + moved.abs() * 2.0**-149
+        if options["normalize"] == "sign":
+            tolerance = tolerance + want.abs() * _equal_squares(moved) / 2
     if options["norm"] in ("l2", "linf_rescale"):  # the norm of the group is off by what its elements are
         tolerance = tolerance + want.abs() * _relative(rounding, moved, options["level"])
     if "stats" in results:
         _check_statistics(tensors, options, results, moved, rounding, radius, kept, judge)
     bound = radius.to(wide).expand(embeds.shape) if options["norm"] == "linf" else None
     return want, tolerance, bound
+
+
+def _equal_squares(delta: Tensor) -> float:
+    """Relative error of an fp32 sum of equal squares over the last dimension: all its steps may round the same way."""
+    return delta.shape[-1] * 2.0**-26
 
 
 def _dims(level: str) -> tuple[int, ...]:
@@ -263,7 +270,7 @@ def _check_statistics(tensors, options, results, moved, rounding, radius, kept, 
     lost = ((results["perturbed"] == embeds) & (delta != 0)).sum(-1)
     judge.exactly("stats, unrepresentable", stats["unrepresentable"], lost.float())
     squared = (delta.double() ** 2).sum(-1)
-    room = 4e-6 + delta.shape[-1] * 2.0**-26  # equal squares, as of a clipped token, round the same way in every sum
+    room = 4e-6 + _equal_squares(delta)  # as of a clipped token
     regular = (squared < 3e38) & ((squared > 1e-30) | (squared == 0))
     judge.within(
         "stats, squared", (stats["delta_squared"].double() - squared).abs()[regular], (room * squared)[regular]
