@@ -203,8 +203,6 @@ def _check_ascent(tensors, options, results, delta, error, kept, judge) -> tuple
     tolerance = rounding * shrunk + ROUNDINGS * place * want.abs() + 2.0**-149
     if options["norm"] == "l2" and wide == torch.float32:  # radius over norm may be subnormal
         tolerance = tolerance + moved.abs() * 2.0**-149
-        if options["normalize"] == "sign":
-            tolerance = tolerance + want.abs() * _equal_squares(moved) / 2
     if options["norm"] in ("l2", "linf_rescale"):  # the norm of the group is off by what its elements are
         tolerance = tolerance + want.abs() * _relative(rounding, moved, options["level"])
     if "stats" in results:
