@@ -52,6 +52,7 @@ def main() -> None:
         distributed.all_reduce(figures["loss"])
         if rank == 0 and step % 10 == 9:
             print(f"step {step + 1}, loss {float(figures['loss']) / ranks:.4f}", flush=True)
+    distributed.barrier()  # gloo's threads are done with the last sums before Python ends
     distributed.destroy_process_group()
 
 

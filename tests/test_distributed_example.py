@@ -1,16 +1,13 @@
-"""The example of a loop over processes, as its docstring says to run it."""
+"""The example of a loop over processes, started by torchrun."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from processes import free_port
+from processes import TESTS, free_port
 
 from examples import distributed_loop
-
-ROOT = Path(__file__).parents[1]
 
 
 def losses_in(text: str) -> list[float]:
@@ -21,8 +18,8 @@ def losses_of(processes: int) -> list[float]:
     """What the example prints, trained by so many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     run = subprocess.run(
-        [*command, "-m", "examples.distributed_loop"],
-        cwd=ROOT,
+        [*command, str(TESTS / "processes.py"), distributed_loop.__file__],
+        cwd=TESTS.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

@@ -323,7 +323,7 @@ class AdversarialObjective:
         return self._seeds.draw(device)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs so that the noise, and the teacher, go on where they stopped.
+        """What a checkpoint needs so that the noise, dropout and the teacher go on where they stopped.
 
         Perturbations that are kept for later visits (``delta_lifetime``) are not in it.
         """
@@ -332,6 +332,7 @@ class AdversarialObjective:
             "steps": self._steps,
             "perturbed_steps": self._perturbed_steps,
             "proximal": self._teaching.state_dict(),
+            "selects_masks": self._runner.selects_masks,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -343,6 +344,7 @@ class AdversarialObjective:
         self._steps = state["steps"]
         self._perturbed_steps = state.get("perturbed_steps", self._steps)
         self._runner.forget()
+        self._runner.selects_masks = state.get("selects_masks", True)
         self._seeds.set_state(state["generator"])
         self._teaching.load_state_dict(state.get("proximal"))
 

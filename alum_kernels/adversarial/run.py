@@ -12,6 +12,7 @@ from alum_kernels.adversarial.ascent_precision import AscentPrecision
 from alum_kernels.adversarial.at_the_end import train_at_the_end
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.delta_store import DeltaStore
+from alum_kernels.adversarial.dropout_masks import DrawsDifferError, KeptMasks, can_keep_masks
 from alum_kernels.adversarial.first_layer import FirstLayer
 from alum_kernels.adversarial.fused_head import FusedHead
 from alum_kernels.adversarial.heads import Head
@@ -21,6 +22,7 @@ from alum_kernels.adversarial.local_linearity import train_local_linearity
 from alum_kernels.adversarial.low_memory import train_in_low_memory
 from alum_kernels.adversarial.lower_layers import LowerLayers
 from alum_kernels.adversarial.model_state import (
+    RandomState,
     device_of,
     dropout_off,
     dropout_off_in_backward,
@@ -118,6 +120,8 @@ class StepRunner:
     Attributes:
         hooks: at the perturbed sites.
         fused: the linear head, where the model is trained without its logits.
+        selects_masks: a clean pass over the whole batch draws what perturbed passes over some samples repeat. Tried
+            where masks are kept; False from the first step on that shows that the model cannot.
     """
 
     def __init__(
@@ -150,6 +154,7 @@ class StepRunner:
             self._counts = RankCounts(process_group, head, config.positions, compares=config.compares)
         self._seen: nn.Module | None = None
         self._sharded = False
+        self.selects_masks = True
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -243,7 +248,12 @@ class StepRunner:
         ranks: RankWeights | None,
     ) -> StepResult:
         config, delta = self._config, draw.delta
-        sub_batch = self._sub_batch(whole, make_part, draw, options) if config.adversarial_fraction < 1 else None
+        state = random(device_of(self._inner)) if config.dropout == "shared" else None
+        keeps = isinstance(state, RandomState) and self._keeps_masks(model, whole)
+        selects = keeps and self._selects_masks(model)
+        sub_batch = None
+        if config.adversarial_fraction < 1:
+            sub_batch = self._sub_batch(whole, make_part, draw, options, selects=selects)
         # a step that does not perturb (for its teacher alone) neither climbs nor is a visit
         deltas = self._deltas if plan.weights.perturbs else None
         samples = [] if deltas is None else draw.identifiers(sample_count(whole.batch))
@@ -261,7 +271,7 @@ class StepRunner:
             perturbation=Perturbation(
                 config, self._constants, self.hooks.sites, known, draw.seed, sample_offset, delta
             ),
-            random=random(device_of(self._inner)) if config.dropout == "shared" else None,
+            random=state,
             telemetry=self._telemetry,
             weights=plan.weights,
             sample_losses=self._sample_losses(whole.batch, ranks) if config.climbs_linearity else None,
@@ -270,9 +280,15 @@ class StepRunner:
             sub_batch=sub_batch,
             lower=self._lower,
             ranks=ranks,
+            masks=_masks(sub_batch, whole) if keeps else None,
             sharded=self._sharded,
         )
-        result = self._train(step, plan.proximal, options)
+        try:
+            result = self._train(step, plan.proximal, options)
+        except DrawsDifferError:
+            self.selects_masks = False
+            state.restore()
+            return self._run_step(model, whole, make_part, task, plan, draw, options, random, ranks)
         if deltas is not None and step.config.delta_lifetime > 1:
             deltas.put(samples, step.perturbation.final_deltas)
         return result
@@ -287,7 +303,13 @@ class StepRunner:
         return train_at_the_end(step, proximal)
 
     def _sub_batch(
-        self, whole: Part, make_part: Callable[[Mapping[str, Any]], Part], draw: Draw, options: TaskOptions
+        self,
+        whole: Part,
+        make_part: Callable[[Mapping[str, Any]], Part],
+        draw: Draw,
+        options: TaskOptions,
+        *,
+        selects: bool,
     ) -> SubBatch | None:
         if draw.delta is not None:
             raise ValueError("delta: expected None with adversarial_fraction < 1, which chooses its samples at random")
@@ -299,13 +321,24 @@ class StepRunner:
                     f"fully_shard, where every rank makes the same passes, got {sample_count(whole.batch)} samples"
                 )
             return None
-        splits = self._config.dropout == "shared"
-        if splits and not (self._loss is None and options.own_loss):
+        shares = self._config.dropout == "shared"
+        if shares and not (self._loss is None and options.own_loss):
             raise ValueError(
                 "loss: expected the model's own with adversarial_fraction < 1 and dropout='shared', whose clean pass "
-                "runs in two parts; dropout='independent' or 'off' takes any"
+                "may run in two parts; dropout='independent' or 'off' takes any"
             )
-        return sub_batch_of(self._head, whole, choice, make_part, splits=splits)
+        return sub_batch_of(self._head, whole, choice, make_part, shares=shares, splits=shares and not selects)
+
+    def _keeps_masks(self, model: nn.Module, whole: Part) -> bool:
+        """Whether perturbed passes take the masks that the clean pass drew, which its graph holds as well."""
+        return self._config.memory == "high" and torch.is_grad_enabled() and can_keep_masks(model, whole.inputs)
+
+    def _selects_masks(self, model: nn.Module) -> bool:
+        """Whether those of some samples are looked for in those of the batch.
+
+        Not where a step that is begun again would make other passes than those of other ranks.
+        """
+        return self.selects_masks and model is self._inner and not self._sharded
 
     def _see(self, model: nn.Module) -> None:
         """Take note of how a model is distributed, when it is first trained."""
@@ -349,3 +382,10 @@ class StepRunner:
                 f"got {', '.join(batch) or 'an empty batch'}. Pass loss= if the loss is your own"
             )
         return loss, outputs
+
+
+def _masks(sub_batch: SubBatch | None, whole: Part) -> KeptMasks:
+    """For perturbed passes over the whole batch, over some of its samples, or over the first of two parts of it."""
+    if sub_batch is None or sub_batch.splits:
+        return KeptMasks()
+    return KeptMasks(sub_batch.chosen_index, sample_count(whole.batch))

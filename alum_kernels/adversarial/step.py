@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.dropout_masks import KeptMasks
 from alum_kernels.adversarial.first_layer import FirstLayer
 from alum_kernels.adversarial.hooks import PerturbationHooks, Replace
 from alum_kernels.adversarial.input_gradients import input_gradients
@@ -97,6 +98,7 @@ class Step:
         sub_batch: the samples that are perturbed; None for all.
         lower: layers below the perturbed site that perturbed passes skip; None for none.
         ranks: what this rank's means weigh among those of others; None where they count alone.
+        masks: what the clean pass draws for dropout and perturbed passes take; None where each draws it again.
         sharded: parameters are gathered in forward passes only, so no module runs outside of one.
         clean_tensors: the tensor at each site in the clean pass, part of its graph; the perturbed passes take them up.
             Empty where they make their own.
@@ -117,6 +119,7 @@ class Step:
     sub_batch: SubBatch | None = None
     lower: LowerLayers | None = None
     ranks: RankWeights | None = None
+    masks: KeptMasks | None = None
     sharded: bool = False
     clean_tensors: list[Tensor] = field(default_factory=list, init=False)
 
@@ -137,13 +140,14 @@ class Step:
 
     def run_clean(self) -> TaskPass:
         """The task at the clean point, which the perturbation then knows."""
-        if self.sub_batch is not None and self.sub_batch.splits:
-            result, embeds = self._run_clean_parts(self.sub_batch)
-        else:
-            with self._watching(), self.hooks.recording() as embeds:
-                result = self.task(self.model, self.whole)
-            if self.sub_batch is not None:
-                result, embeds = self.sub_batch.selected(result, embeds)
+        with nullcontext() if self.masks is None else self.masks.kept():
+            if self.sub_batch is not None and self.sub_batch.splits:
+                result, embeds = self._run_clean_parts(self.sub_batch)
+            else:
+                with self._watching(), self.hooks.recording() as embeds:
+                    result = self.task(self.model, self.whole)
+                if self.sub_batch is not None:
+                    result, embeds = self.sub_batch.selected(result, embeds)
         result = self.among_ranks(result)
         for index, tensor in enumerate(embeds):
             self.perturbation.record(index, tensor.detach())
@@ -249,6 +253,7 @@ class Step:
             return replace(index, tensor)
 
         with (
+            nullcontext() if self.masks is None else self.masks.repeated(),
             nullcontext() if lower is None else lower.skipped(),
             self.hooks.replacing(replace if lower is None else at_site, known),
         ):

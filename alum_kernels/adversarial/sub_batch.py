@@ -11,8 +11,9 @@ p samples are chosen of each q consecutive places. That is a function of the glo
 or accumulated batches at such places changes neither what is chosen nor its noise. Elsewhere the choice is among the
 whole batch at hand, which is unbiased too, but another one when the batch is split otherwise.
 
-With shared dropout a perturbed pass repeats the masks of the clean pass, which are drawn for a batch of its size: the
-clean pass then runs in two parts, the chosen samples and the rest.
+With shared dropout a perturbed pass repeats the masks of the clean pass, which are drawn for a batch of its size. Where
+they are kept (``dropout_masks.py``), the chosen samples have their rows of them; elsewhere the clean pass runs in two
+parts, the chosen samples and the rest.
 """
 
 import math
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from alum_kernels.adversarial.heads import Head
-from alum_kernels.adversarial.passes import Part, TaskPass
+from alum_kernels.adversarial.passes import LinearPasses, Part, TaskPass
 from alum_kernels.adversarial.row_losses import label_count, label_sum, part_weight
 from alum_kernels.adversarial.samples import sample_count, select_samples
 from alum_kernels.ops.noise_init import noise_init
@@ -150,11 +151,6 @@ class SubBatch:
         if self.head.name == "question_answering":
             return self._answer_loss((chosen.outputs, rest.outputs))
         if self.chosen.batch.get("num_items_in_batch") is not None:
-            if not any(part.linear is not None for part in chosen.predictions):
-                raise ValueError(
-                    "batch: expected no 'num_items_in_batch' with adversarial_fraction < 1 and dropout='shared' for a "
-                    "model that goes through its logits, since it may divide by it or not"
-                )
             return chosen.loss + rest.loss
         counts = [label_count(self.head, part.batch) for part in (self.chosen, self.rest)]
         # the mean over no label is 0 / 0
@@ -202,6 +198,7 @@ def sub_batch_of(
     choice: Choice,
     make_part: Callable[[Mapping[str, Any]], Part],
     *,
+    shares: bool,
     splits: bool,
 ) -> SubBatch:
     """The two parts of a batch.
@@ -211,15 +208,23 @@ def sub_batch_of(
         whole: the batch.
         choice: which samples are perturbed.
         make_part: makes a :class:`Part` of a batch.
-        splits: the clean pass runs in two parts.
+        shares: perturbed passes repeat the clean pass's dropout, for which it may have to run in two parts.
+        splits: it does.
 
     Raises:
-        ValueError: the loss of such a head cannot be put together from two parts.
+        ValueError: the loss of such a head, or of such a batch, cannot be put together from two parts, which
+            ``shares`` would need on some devices.
     """
-    if splits and head.name == "pretraining":
+    if shares and head.name == "pretraining":
         raise ValueError(
             "dropout: expected 'independent' or 'off' with adversarial_fraction < 1 for a pretraining head, whose two "
             "losses have different counts, got 'shared'"
+        )
+    own_divisor = whole.batch.get("num_items_in_batch") is not None and not isinstance(whole.passes, LinearPasses)
+    if shares and own_divisor and head.name != "question_answering":
+        raise ValueError(
+            "batch: expected no 'num_items_in_batch' with adversarial_fraction < 1 and dropout='shared' for a "
+            "model that goes through its logits, since it may divide by it or not"
         )
     count = sample_count(whole.batch)
     indices = choice.index, choice.rest

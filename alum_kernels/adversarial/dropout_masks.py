@@ -1,0 +1,204 @@
+"""Dropout's masks of a step's clean pass, kept on CPUs for the passes that repeat it.
+
+A pass that repeats another one's masks begins with the same state of the generator. On a CPU they would be drawn again
+one element after another, at the cost of a tenth of a pass. A draw is a function of the generator's state: one that
+begins in a state that the clean pass drew in takes that mask, and leaves the generator as that draw left it. So
+whatever else draws, as layers that are skipped at random, draws what it would have; what this does not know draws as
+ever.
+
+The clean pass's graph holds the masks too, so what is kept is held no longer than that. They are looked for in
+``torch.nn.functional.dropout`` and ``scaled_dot_product_attention``; dropout of other functions is drawn again.
+
+Passes over some samples of a batch take those samples' rows of the masks of the whole batch. A model that draws
+something for each sample by other means does not give the same to these samples in a smaller batch: the generator's
+state tells, and :class:`DrawsDifferError` is raised.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alum_kernels.adversarial.model_state import device_of, original, unwrap
+
+DROPOUT, ATTENTION = nn.functional.dropout, nn.functional.scaled_dot_product_attention
+BERNOULLI = torch.ops.aten.bernoulli_.float
+
+
+class DrawsDifferError(RuntimeError):
+    """A pass over some samples cannot repeat what a pass over all of them drew."""
+
+
+FEWEST_TOKENS = 256
+"""Of a batch: below it, looking at every call takes longer than drawing again (six-layer MiniLM: 1 % longer at 128
+tokens, 4 % shorter at 256, 6 % at 512)."""
+
+
+def can_keep_masks(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a step of ``model`` on ``inputs`` is faster, and not larger, where its masks are kept."""
+    if _tokens(inputs) < FEWEST_TOKENS or device_of(model).type != "cpu":
+        return False
+    if torch.compiler.is_compiling() or original(model) is not unwrap(model):
+        return False
+    # compiled code has its own draws; masks of recomputed segments are not held by the clean pass's graph
+    return not any(
+        module._compiled_call_impl is not None
+        or "_orig_mod" in module._modules
+        or getattr(module, "gradient_checkpointing", False)
+        for module in model.modules()
+    )
+
+
+class _Mask(NamedTuple):
+    """What was drawn: zero where an element is dropped, and another number elsewhere."""
+
+    noise: Tensor
+    keep_probability: float
+    scaled: bool  # that number is 1 / keep_probability
+    after: Tensor  # state of the generator
+
+
+class KeptMasks(TorchFunctionMode):
+    """Masks of one step.
+
+    Args:
+        chosen: places of the samples that perturbed passes run on; None for all.
+        samples: how many the clean pass runs on.
+    """
+
+    def __init__(self, chosen: Tensor | None = None, samples: int = 0) -> None:
+        super().__init__()
+        self._chosen, self._samples = chosen, samples
+        self._masks: dict[bytes, _Mask] = {}
+        self._keeps = False
+        self._end: bytes | None = None
+        self._in_attention = _InAttention(self._draw_in_place)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within the context, of the clean pass, masks are kept as they are drawn."""
+        self._keeps = True
+        try:
+            with self:
+                yield
+        finally:
+            self._keeps = False
+        self._end = _state()
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Within the context, of a perturbed pass that begins as the clean one did, kept masks are taken.
+
+        Raises:
+            DrawsDifferError: from within or at the end, where the pass is over some samples and others than those
+                masks would have to be drawn.
+        """
+        with self if self._masks else nullcontext():
+            yield
+        if self._selects and _state() != self._end:
+            raise DrawsDifferError("the generator's state after the pass is not the clean pass's")
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is DROPOUT:
+            return self._dropout(*args, **kwargs)
+        if func is ATTENTION and (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0:
+            with self._in_attention:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    @property
+    def _selects(self) -> bool:
+        return self._chosen is not None and not self._keeps and self._end is not None
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
+        if inplace or not training or not 0 < p < 1 or not _is_plain(input):
+            return DROPOUT(input, p, training, inplace)
+        keep = 1 - p
+        before = _state()
+        noise = self._taken(before, input.shape, keep, scaled=True)
+        if noise is None:
+            noise = torch.empty_like(input).bernoulli_(keep).div_(keep)
+            self._keep(before, noise, keep, scaled=True)
+        return input * noise.to(input.dtype)
+
+    def _draw_in_place(self, noise: Tensor, keep: float) -> Tensor:
+        """What ``noise.bernoulli_(keep)`` does; whoever asked for it scales it in place."""
+        before = _state()
+        known = self._taken(before, noise.shape, keep, scaled=False)
+        if known is not None:
+            return torch.ne(known, 0, out=noise)
+        noise.bernoulli_(keep)
+        self._keep(before, noise, keep, scaled=False)
+        return noise
+
+    def _keep(self, before: bytes, noise: Tensor, keep: float, *, scaled: bool) -> None:
+        if self._keeps:
+            self._masks[before] = _Mask(noise, keep, scaled, torch.default_generator.get_state())
+
+    def _taken(self, before: bytes, shape: torch.Size, keep: float, *, scaled: bool) -> Tensor | None:
+        """The mask that was drawn in this state, where one of this kind was; the draw is then done."""
+        mask = None if self._keeps else self._masks.get(before)
+        noise = None
+        if mask is not None and (mask.keep_probability, mask.scaled) == (keep, scaled):
+            noise = self._of_shape(mask.noise, shape)
+        if noise is not None:
+            self._masks[before] = mask._replace(noise=noise)  # later passes are over the same samples
+        else:
+            if self._selects:
+                raise DrawsDifferError(f"no mask of shape {tuple(shape)} was drawn in this state of the generator")
+            return None
+        torch.default_generator.set_state(mask.after)
+        return noise
+
+    def _of_shape(self, noise: Tensor, shape: torch.Size) -> Tensor | None:
+        if noise.shape == shape:
+            return noise
+        of_samples = self._chosen is not None and noise.dim() > 0 and noise.shape[0] == self._samples
+        if of_samples and shape == (len(self._chosen), *noise.shape[1:]):
+            return noise.index_select(0, self._chosen)
+        return None
+
+
+class _InAttention(TorchDispatchMode):
+    """Within the context, ``draw(noise, keep_probability)`` is called for ``noise.bernoulli_(keep_probability)``.
+
+    Attention has its dropout inside, where only operators are seen.
+    """
+
+    def __init__(self, draw: Callable[[Tensor, float], Tensor]) -> None:
+        super().__init__()
+        self._draw = draw
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is BERNOULLI and len(args) == 2 and not kwargs and _is_plain(args[0]):
+            return self._draw(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _tokens(inputs: Mapping[str, Any]) -> int:
+    ids, embeds = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
+    if isinstance(ids, Tensor):
+        return ids.numel()
+    return embeds[..., 0].numel() if isinstance(embeds, Tensor) else 0
+
+
+def _state() -> bytes:
+    return torch.default_generator.get_state().numpy().tobytes()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it draws from the CPU's generator, by itself."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"

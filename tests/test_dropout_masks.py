@@ -1,0 +1,363 @@
+"""Masks that are kept from the clean pass: those that would be drawn again, in every pass, and no others."""
+
+import pytest
+import tiny_models
+import torch
+from test_method_invariants import LABELLED
+from test_sub_batch import CASES, SAMPLES, batch_of, by_content, choice_of, choices_of, config_of, mean_over_choices
+from tiny_models import Gradients
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alum_kernels import AdversarialConfig, AdversarialObjective
+from alum_kernels.adversarial import dropout_masks, run
+from alum_kernels.adversarial.dropout_masks import DrawsDifferError, KeptMasks, can_keep_masks
+
+MOVED = AdversarialConfig.alum_finetuning(normalize="linf", std=0.02, step_size=0.05, epsilon=0.1)
+FRACTION = MOVED.replace(adversarial_fraction=0.25, std=0.0, step_size=0.0)
+__all__ = ["by_content"]
+
+
+class Draws(TorchDispatchMode):
+    """Counts elements that ``bernoulli_`` draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bernoulli_.float:
+            self.elements += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def small_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropout_masks, "FEWEST_TOKENS", 0)
+
+
+def one_step(objective: AdversarialObjective, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Figures, gradient, state of the generator and elements drawn, of a step of some seed."""
+    objective.model.zero_grad()
+    if objective.config.proximal > 0:
+        objective.follow(torch.optim.SGD(objective.model.parameters(), lr=0.0))
+    torch.manual_seed(5)
+    with Draws() as draws:
+        figures = objective.backward(batch, seed=torch.tensor([3]))
+    state = torch.get_rng_state()
+    return {**figures, "grads": Gradients.of(objective.model).flat(), "state": state, "drawn": draws.elements}
+
+
+def drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "can_keep_masks", lambda *_: False)
+
+
+# the whole batch
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "changes"),
+    [
+        *((family, "classification", {}) for family in tiny_models.FAMILIES_OF["classification"]),
+        ("bert", "masked_lm", {}),
+        ("bert", "masked_lm", {"fused_head": False, "steps": 3}),
+        ("bert", "spans", {"signal_check_interval": 1}),
+        ("bert", "choice", {"proximal": 0.5}),
+        ("bert", "classification", {"ascent_depth": 1}),
+        ("bart", "classification", {"steps": 2}),
+    ],
+    ids=str,
+)
+def test_a_step_is_the_one_whose_masks_are_drawn_again_and_draws_once(family, task, changes, monkeypatch):
+    model, batch = tiny_models.make(family, task, 0.2), tiny_models.batch(task)
+    config = MOVED.replace(**changes)
+    kept = one_step(AdversarialObjective(model, config), batch)
+    drawn_again(monkeypatch)
+    again = one_step(AdversarialObjective(model, config), batch)
+    with Draws() as standard:
+        model(**batch)
+    drawn = kept.pop("drawn"), again.pop("drawn")
+    assert again["divergence"] > 0
+    for name, value in again.items():
+        assert torch.equal(kept[name], value), name
+    passes = 2 if "proximal" in changes else 1  # the teacher's draws are not looked at
+    assert drawn[0] == passes * standard.elements
+    assert drawn[1] > 2 * standard.elements or "ascent_depth" in changes
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_methods_without_a_clean_pass_draw_as_ever(name, monkeypatch):
+    model, batch = tiny_models.bert(0.2), tiny_models.classification_batch()
+    config = getattr(AdversarialConfig, name)(dropout="shared")
+
+    def step() -> dict[str, Tensor]:
+        objective = AdversarialObjective(model, config)
+        model.zero_grad()
+        torch.manual_seed(5)
+        update = {"update": model.zero_grad} if name == "freeat" else {}
+        loss = objective.backward(batch, seed=torch.tensor([3]), **update)["loss"]
+        objective.remove_hooks()
+        return {"loss": loss, "grads": Gradients.of(model).flat(), "state": torch.get_rng_state()}
+
+    kept = step()
+    drawn_again(monkeypatch)
+    assert all(torch.equal(kept[key], value) for key, value in step().items())
+
+
+def test_an_ascent_in_another_precision_has_the_same_masks():
+    model, batch = tiny_models.bert(0.2), tiny_models.classification_batch()
+    with Draws() as standard:
+        model(**batch)
+    objective = AdversarialObjective(model, MOVED.replace(ascent_dtype="bfloat16", signal_check_interval=1))
+    assert one_step(objective, batch)["drawn"] == standard.elements
+    assert objective.telemetry.read()["ascent_cosine"] > 0.98
+
+
+def test_masks_are_kept_where_that_is_faster_and_takes_no_memory(monkeypatch):
+    batch = tiny_models.classification_batch()
+    assert can_keep_masks(tiny_models.bert(0.2), batch)
+    assert not can_keep_masks(torch.compile(tiny_models.bert(0.2)), batch)
+    for change in (
+        lambda model: model.gradient_checkpointing_enable({"use_reentrant": False}),
+        lambda model: model.bert.encoder.layer[0].compile(),
+        lambda model: setattr(model.bert, "encoder", torch.compile(model.bert.encoder)),
+        lambda model: model.to("meta"),
+    ):
+        model = tiny_models.bert(0.2)
+        change(model)
+        assert not can_keep_masks(model, batch)
+    with Draws() as standard:
+        tiny_models.bert(0.2)(**batch)
+    low = AdversarialObjective(tiny_models.bert(0.2), MOVED.replace(memory="low"))
+    assert one_step(low, batch)["drawn"] == 4 * standard.elements
+    monkeypatch.setattr(dropout_masks, "FEWEST_TOKENS", batch["input_ids"].numel())
+    assert can_keep_masks(tiny_models.bert(0.2), batch)
+    embeds = {"inputs_embeds": torch.zeros(*batch["input_ids"].shape, 8)}
+    assert can_keep_masks(tiny_models.bert(0.2), embeds)
+    monkeypatch.setattr(dropout_masks, "FEWEST_TOKENS", batch["input_ids"].numel() + 1)
+    for inputs in (batch, embeds, {}):
+        assert not can_keep_masks(tiny_models.bert(0.2), inputs)
+
+
+def functions() -> dict[str, tuple]:
+    rows, attention = torch.randn(4, 5, 6), torch.randn(2, 3, 5, 8)
+    few = torch.randn(2, 1, 5, 8)
+    return {
+        "dropout": (functional.dropout, (rows, 0.3)),
+        "named": (functional.dropout, {"input": rows, "p": 0.3, "training": True}),
+        "strided": (functional.dropout, (rows.transpose(0, 2), 0.3)),
+        "expanded": (functional.dropout, (rows[:1].expand(3, 5, 6), 0.3)),
+        "fp64": (functional.dropout, (rows.double(), 0.3)),
+        "bf16": (functional.dropout, (rows.bfloat16(), 0.3)),
+        "all": (functional.dropout, (rows, 1.0)),
+        "none": (functional.dropout, (rows, 0.0)),
+        "evaluation": (functional.dropout, (rows, 0.3, False)),
+        "in place": (lambda x: functional.dropout(x.clone(), 0.3, True, True), (rows,)),
+        "empty": (functional.dropout, (rows[:0], 0.3)),
+        "channels": (functional.dropout1d, (rows, 0.3)),
+        "attention": (functional.scaled_dot_product_attention, (attention, attention, attention, None, 0.3)),
+        "causal": (
+            functional.scaled_dot_product_attention,
+            {"query": attention, "key": attention, "value": attention, "dropout_p": 0.3, "is_causal": True},
+        ),
+        "grouped": (
+            functional.scaled_dot_product_attention,
+            {"query": attention, "key": few, "value": few, "dropout_p": 0.3, "enable_gqa": True},
+        ),
+        "no dropout": (functional.scaled_dot_product_attention, (attention, attention, attention)),
+        "module": (nn.MultiheadAttention(8, 2, 0.3), (attention[0], attention[0], attention[0])),
+    }
+
+
+@pytest.mark.parametrize("name", functions())
+def test_every_function_gives_what_it_gives(name):
+    """Drawn, taken again, and beside draws that are not looked at, which move the generator as ever."""
+    function, given = functions()[name]
+
+    def call() -> tuple[Tensor, ...]:
+        found = function(**given) if isinstance(given, dict) else function(*given)
+        return torch.rand(3), found[0] if isinstance(found, tuple) else found, torch.rand(3)
+
+    torch.manual_seed(2)
+    expected, state = call(), torch.get_rng_state()
+    masks = KeptMasks()
+    for context in (masks.kept, masks.repeated, masks.repeated):
+        torch.manual_seed(2)
+        with context():
+            found = call()
+        for got, want in zip(found, expected, strict=True):
+            assert got.dtype == want.dtype
+            assert torch.equal(got, want)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_draw_in_another_state_or_of_another_kind_is_a_draw():
+    x = torch.ones(2000)
+    masks = KeptMasks()
+    torch.manual_seed(2)
+    with masks.kept():
+        first = functional.dropout(x, 0.5)
+    for seed, p, size in ((3, 0.5, 2000), (2, 0.25, 2000), (2, 0.5, 1000)):
+        torch.manual_seed(seed)
+        want = functional.dropout(x[:size], p)
+        torch.manual_seed(seed)
+        with masks.repeated():
+            assert torch.equal(functional.dropout(x[:size], p), want)
+    torch.manual_seed(2)
+    with masks.repeated():
+        assert torch.equal(functional.dropout(x, 0.5), first)
+
+
+# a part of the batch
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 3])
+@pytest.mark.parametrize(("task", "fused"), CASES)
+def test_with_dropout_too_the_mean_over_all_choices_is_the_whole_batch(task, fused, chosen, by_content):
+    """The clean pass draws for the whole batch, whatever is chosen: so each sample has its masks in all of them.
+
+    Multiple choice has a row a choice, not a sample: its clean pass runs in two parts.
+    """
+    if task == "choice":
+        pytest.skip("its masks have other rows than samples")
+    model = tiny_models.make("bert", task, 0.2, torch.float64)
+    batch, config = batch_of(task), config_of(fused)
+
+    def seeded(*_) -> None:
+        torch.manual_seed(5)
+
+    handle = model.register_forward_pre_hook(seeded)  # whose state each pass restores, as it was before the first
+    torch.manual_seed(5)
+    objective = AdversarialObjective(model, config)
+    model.zero_grad()
+    figures = objective.backward(batch)
+    objective.remove_hooks()
+    whole = figures["task_loss"], figures["divergence"], Gradients.of(model).flat()
+    assert whole[1] > 1e-5
+    parts = mean_over_choices(model, batch, config, choices_of(chosen), by_content)
+    handle.remove()
+    for name, found, wanted in zip(("task loss", "divergence", "gradient"), parts, whole, strict=True):
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-10, name
+
+
+class Noisy(nn.Module):
+    """Adds something at random to a hidden state."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.draw(hidden) if self.training else hidden
+
+
+def time_first(hidden: Tensor) -> Tensor:
+    return functional.dropout(hidden.transpose(0, 1), 0.3).transpose(0, 1)
+
+
+def of_features(hidden: Tensor) -> Tensor:
+    return hidden * functional.dropout(torch.ones(hidden.shape[-1], dtype=hidden.dtype), 0.3)
+
+
+def layer_drop(hidden: Tensor) -> Tensor:
+    return hidden if torch.rand([]) < 0.5 else 0.5 * hidden
+
+
+def last(draw):
+    """A model whose very last draw is this one."""
+
+    def model() -> nn.Module:
+        inner = tiny_models.bert(0.2).double()
+        inner.dropout = nn.Sequential(inner.dropout, Noisy(draw))
+        return inner
+
+    return model
+
+
+OTHERS = {
+    "noise": (lambda x: x + 0.1 * torch.randn_like(x), False),
+    "uniform": (lambda x: x + 0.1 * torch.rand_like(x), False),
+    "in place": (lambda x: functional.dropout(x.clone(), 0.3, True, True), False),
+    "channels": (lambda x: functional.dropout1d(x.unsqueeze(-1), 0.3).squeeze(-1), False),
+    "of features": (of_features, True),
+    "layer drop": (layer_drop, True),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_else_a_model_draws_is_repeated_too_if_need_be_in_two_parts(name):
+    """A step that cannot take rows of what was drawn begins again, and the next ones know."""
+    draw, selects = OTHERS[name]
+    model, batch = last(draw)(), tiny_models.classification_batch(8)
+    objective = AdversarialObjective(model, FRACTION)
+    calls = []
+    model.register_forward_hook(lambda module, args, output: calls.append(1))
+    for _ in range(2):
+        torch.manual_seed(5)
+        output = objective(**batch)
+        assert output.divergence < 1e-20  # the same to rounding, if everything was repeated
+        assert objective._runner.selects_masks == selects
+    passes = 3 if selects else 4  # clean, ascent, final; the clean one in two parts
+    assert len(calls) == 2 * passes + (0 if selects else 2)  # the first try: a clean pass and an ascent's
+    state = objective.state_dict()
+    other = AdversarialObjective(last(draw)(), FRACTION)
+    other.load_state_dict(state)
+    assert other._runner.selects_masks == selects
+
+
+def test_masks_with_another_order_of_dimensions_are_drawn_in_two_parts():
+    model, batch = tiny_models.bert(0.2).double(), tiny_models.classification_batch(8)
+    model.bert.embeddings.dropout = Noisy(time_first)
+    objective = AdversarialObjective(model, FRACTION)
+    assert objective(**batch).divergence < 1e-20
+    assert not objective._runner.selects_masks
+
+
+def test_without_dropout_nothing_is_looked_at_and_parts_are_selected():
+    model, batch = tiny_models.bert(0.0).double(), tiny_models.classification_batch(8)
+    objective = AdversarialObjective(model, FRACTION.replace(std=0.05))
+    rows = []
+    model.register_forward_hook(lambda module, args, output: rows.append(len(output.logits)))
+    assert objective(**batch).divergence > 0
+    assert rows == [8, 2, 2]
+
+
+def test_a_still_part_of_a_masked_lm_is_still():
+    model, batch = tiny_models.bert_masked_lm(0.2).double(), tiny_models.masked_lm_batch(8)
+    objective, rows = AdversarialObjective(model, FRACTION), []
+    assert objective(**batch).divergence < 1e-20  # the first step looks for a linear head, by passes of its own
+    model.bert.register_forward_hook(lambda module, args, output: rows.append(len(output.last_hidden_state)))
+    assert objective(**batch).divergence < 1e-20
+    assert objective.linear_head is not None
+    assert rows == [8, 2, 2]
+
+
+def test_a_pass_over_some_samples_says_what_it_cannot_repeat():
+    x = torch.ones(8, 3)
+    masks = KeptMasks(torch.tensor([1, 4]), 8)
+    torch.manual_seed(2)
+    with masks.kept():
+        whole = functional.dropout(x, 0.5)
+    for call, message in (
+        (lambda: functional.dropout(torch.ones(2, 4), 0.5), r"^no mask of shape \(2, 4\) was drawn"),
+        (lambda: functional.dropout(x[:2], 0.25), r"^no mask of shape \(2, 3\) was drawn"),
+        (lambda: torch.rand(2), r"^the generator's state after the pass"),
+    ):
+        torch.manual_seed(2)
+        with pytest.raises(DrawsDifferError, match=message), masks.repeated():
+            call()
+    torch.manual_seed(2)
+    with masks.repeated():
+        assert torch.equal(functional.dropout(x[:2], 0.5), whole[[1, 4]])
+
+
+def test_every_choice_of_a_seed_draws_the_same_clean_pass(by_content):
+    """In two parts, what a sample is given would depend on what is chosen."""
+    model, batch = tiny_models.bert(0.2), tiny_models.classification_batch(SAMPLES)
+    losses = set()
+    for indices in ([0], [3]):
+        by_content.setattr(run, "choose", lambda *_, indices=indices: choice_of(indices))
+        torch.manual_seed(5)
+        losses.add(float(AdversarialObjective(model, FRACTION)(**batch).task_loss.detach()))
+    assert len(losses) == 1
