@@ -4,8 +4,8 @@
 
 A pass over a quarter of the samples costs more than a quarter: products of fewer rows are slower, and some of a pass
 does not shrink with its batch (Python, launches, the gradients of the weights). ``benchmarks.flops`` counts a step as
-if every product ran equally fast; this is what its passes take as they are run now, in the model without a hook or
-kernel of this library. Passes that draw no dropout masks anew take less. With shared dropout in two parts there are
+if every product ran equally fast; this is what its passes take in the model without a hook or kernel of this library,
+with the clean pass in two parts and each pass drawing its dropout masks. (Where masks are kept, a step takes less.)
 
     rest          the samples that are not chosen: forward, backward
     part, twice   the chosen ones, clean and perturbed: forward, backward; the embeddings' dense gradient is the rest's

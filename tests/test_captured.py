@@ -35,7 +35,6 @@ def train(config: AdversarialConfig, task: str, steps: int, device: str, *, capt
     model = make(task, 0.1, device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
     objective = AdversarialObjective(model, config)
-    objective._runner.selects_masks = False  # a captured step does not, on a CPU either
     step = CapturedStep(objective, batch_of(task, 0, device), optimizer, graphs=graphs_of(model)) if captured else None
     torch.manual_seed(7)
     losses = []

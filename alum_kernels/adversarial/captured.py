@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.cuda_graphs import CudaGraphs
 from alum_kernels.adversarial.linear_head import LinearHead
-from alum_kernels.adversarial.model_state import RandomState, device_of, unwrap
+from alum_kernels.adversarial.model_state import RandomState, device_of, recomputes_segments, unwrap
 from alum_kernels.adversarial.output import AdversarialOutput
 from alum_kernels.adversarial.parallelism import is_fully_sharded
 from alum_kernels.adversarial.run import Draw, Plan, Samples, TaskOptions, Update
@@ -347,7 +347,7 @@ def obstacle(objective: Objective, optimizer: torch.optim.Optimizer | None) -> s
         return "ascent_dtype 'float8' was never captured"
     if objective.linear_head is not None and config.labelled_capacity is None:
         return "the number of labelled positions is read from the device; set labelled_capacity"
-    if any(getattr(module, "gradient_checkpointing", False) for module in objective.model.modules()):
+    if recomputes_segments(objective.model):
         return "recomputed segments keep dropout's state on the host"
     if optimizer is None or type(optimizer) is torch.optim.SGD:
         return None

@@ -1,10 +1,10 @@
 """Dropout's masks of a step's clean pass, kept on CPUs for the passes that repeat it.
 
 A pass that repeats another one's masks begins with the same state of the generator. On a CPU they would be drawn again
-one element after another, at the cost of a tenth of a pass. A draw is a function of the generator's state: one that
-begins in a state that the clean pass drew in takes that mask, and leaves the generator as that draw left it. So
-whatever else draws, as layers that are skipped at random, draws what it would have; what this does not know draws as
-ever.
+one element after another, which takes a tenth of a standard step (``docs/performance.md``). A draw is a function of the
+generator's state: one that begins in a state that the clean pass drew in takes that mask, and leaves the generator as
+that draw left it. So whatever else draws, as layers that are skipped at random, draws what it would have; what this
+does not know draws as ever.
 
 The clean pass's graph holds the masks too, so what is kept is held no longer than that. They are looked for in
 ``torch.nn.functional.dropout`` and ``scaled_dot_product_attention``; dropout of other functions is drawn again.
@@ -23,34 +23,31 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alum_kernels.adversarial.model_state import device_of, original, unwrap
+from alum_kernels.adversarial.model_state import device_of, recomputes_segments
 
 DROPOUT, ATTENTION = nn.functional.dropout, nn.functional.scaled_dot_product_attention
 BERNOULLI = torch.ops.aten.bernoulli_.float
+
+FEWEST_TOKENS = 256
+"""Of a batch whose masks are kept. Looking at every call of a pass takes some time too, more than small masks do."""
 
 
 class DrawsDifferError(RuntimeError):
     """A pass over some samples cannot repeat what a pass over all of them drew."""
 
 
-FEWEST_TOKENS = 256
-"""Of a batch: below it, looking at every call takes longer than drawing again (six-layer MiniLM: 1 % longer at 128
-tokens, 4 % shorter at 256, 6 % at 512)."""
-
-
 def can_keep_masks(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether a step of ``model`` on ``inputs`` is faster, and not larger, where its masks are kept."""
-    if _tokens(inputs) < FEWEST_TOKENS or device_of(model).type != "cpu":
+    """Whether masks are kept in a step of ``model`` on ``inputs``: on a CPU, from a size on, but not
+
+    - of compiled code, which has its own draws;
+    - of a model that recomputes segments, whose graph does not hold their masks.
+    """
+    if _tokens(inputs) < FEWEST_TOKENS or device_of(model).type != "cpu" or torch.compiler.is_compiling():
         return False
-    if torch.compiler.is_compiling() or original(model) is not unwrap(model):
-        return False
-    # compiled code has its own draws; masks of recomputed segments are not held by the clean pass's graph
-    return not any(
-        module._compiled_call_impl is not None
-        or "_orig_mod" in module._modules
-        or getattr(module, "gradient_checkpointing", False)
-        for module in model.modules()
+    compiled = any(
+        module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()
     )
+    return not compiled and not recomputes_segments(model)
 
 
 class _Mask(NamedTuple):
@@ -74,19 +71,13 @@ class KeptMasks(TorchFunctionMode):
         super().__init__()
         self._chosen, self._samples = chosen, samples
         self._masks: dict[bytes, _Mask] = {}
-        self._keeps = False
-        self._end: bytes | None = None
-        self._in_attention = _InAttention(self._draw_in_place)
+        self._end: bytes | None = None  # state of the generator after the clean pass; None before
 
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Within the context, of the clean pass, masks are kept as they are drawn."""
-        self._keeps = True
-        try:
-            with self:
-                yield
-        finally:
-            self._keeps = False
+        with self:
+            yield
         self._end = _state()
 
     @contextmanager
@@ -109,13 +100,14 @@ class KeptMasks(TorchFunctionMode):
         if func is DROPOUT:
             return self._dropout(*args, **kwargs)
         if func is ATTENTION and (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0:
-            with self._in_attention:
+            # made anew: one that is held would hold this one, and the masks until cycles are collected
+            with _InAttention(self._draw_in_place):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     @property
     def _selects(self) -> bool:
-        return self._chosen is not None and not self._keeps and self._end is not None
+        return self._chosen is not None and self._end is not None
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
         if inplace or not training or not 0 < p < 1 or not _is_plain(input):
@@ -139,21 +131,20 @@ class KeptMasks(TorchFunctionMode):
         return noise
 
     def _keep(self, before: bytes, noise: Tensor, keep: float, *, scaled: bool) -> None:
-        if self._keeps:
+        if self._end is None:
             self._masks[before] = _Mask(noise, keep, scaled, torch.default_generator.get_state())
 
     def _taken(self, before: bytes, shape: torch.Size, keep: float, *, scaled: bool) -> Tensor | None:
         """The mask that was drawn in this state, where one of this kind was; the draw is then done."""
-        mask = None if self._keeps else self._masks.get(before)
+        mask = self._masks.get(before)
         noise = None
         if mask is not None and (mask.keep_probability, mask.scaled) == (keep, scaled):
             noise = self._of_shape(mask.noise, shape)
-        if noise is not None:
-            self._masks[before] = mask._replace(noise=noise)  # later passes are over the same samples
-        else:
-            if self._selects:
-                raise DrawsDifferError(f"no mask of shape {tuple(shape)} was drawn in this state of the generator")
+        if noise is None and self._selects:
+            raise DrawsDifferError(f"no mask of shape {tuple(shape)} was drawn in this state of the generator")
+        if noise is None:
             return None
+        self._masks[before] = mask._replace(noise=noise)  # later passes are over the same samples
         torch.default_generator.set_state(mask.after)
         return noise
 

@@ -43,6 +43,11 @@ def has_static_graph(model: nn.Module) -> bool:
     return isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph
 
 
+def recomputes_segments(model: nn.Module) -> bool:
+    """Whether a backward runs parts of the model again, as gradient checkpointing of transformers does."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's parameters are.
 

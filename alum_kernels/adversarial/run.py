@@ -22,7 +22,6 @@ from alum_kernels.adversarial.local_linearity import train_local_linearity
 from alum_kernels.adversarial.low_memory import train_in_low_memory
 from alum_kernels.adversarial.lower_layers import LowerLayers
 from alum_kernels.adversarial.model_state import (
-    RandomState,
     device_of,
     dropout_off,
     dropout_off_in_backward,
@@ -249,7 +248,7 @@ class StepRunner:
     ) -> StepResult:
         config, delta = self._config, draw.delta
         state = random(device_of(self._inner)) if config.dropout == "shared" else None
-        keeps = isinstance(state, RandomState) and self._keeps_masks(model, whole)
+        keeps = state is not None and self._keeps_masks(model, whole)
         selects = keeps and self._selects_masks(model)
         sub_batch = None
         if config.adversarial_fraction < 1:
@@ -280,13 +279,15 @@ class StepRunner:
             sub_batch=sub_batch,
             lower=self._lower,
             ranks=ranks,
-            masks=_masks(sub_batch, whole) if keeps else None,
+            masks=_masks(sub_batch) if keeps else None,
             sharded=self._sharded,
         )
         try:
             result = self._train(step, plan.proximal, options)
         except DrawsDifferError:
             self.selects_masks = False
+        if selects and not self.selects_masks:  # not in the handler, whose error holds the graphs of the first try
+            del step
             state.restore()
             return self._run_step(model, whole, make_part, task, plan, draw, options, random, ranks)
         if deltas is not None and step.config.delta_lifetime > 1:
@@ -384,8 +385,8 @@ class StepRunner:
         return loss, outputs
 
 
-def _masks(sub_batch: SubBatch | None, whole: Part) -> KeptMasks:
+def _masks(sub_batch: SubBatch | None) -> KeptMasks:
     """For perturbed passes over the whole batch, over some of its samples, or over the first of two parts of it."""
     if sub_batch is None or sub_batch.splits:
         return KeptMasks()
-    return KeptMasks(sub_batch.chosen_index, sample_count(whole.batch))
+    return KeptMasks(sub_batch.chosen_index, sub_batch.samples)

@@ -191,7 +191,7 @@ class Step:
     def proximity(self, task: TaskPass, proximal: BregmanProximal) -> Tensor:
         """Divergence of the clean prediction from the teacher's, which is constant."""
         self.restore()
-        with torch.no_grad():
+        with torch.no_grad(), self._masks_repeated():
             teacher = self.whole.passes.run(lambda: proximal.forward(self.whole.inputs))
         means = mean_divergences(task.predictions, teacher, self.config, gradient="detach_clean")
         return means.sum() if task.shares is None else (means * task.shares).sum()
@@ -241,6 +241,9 @@ class Step:
     def _watching(self) -> AbstractContextManager[None]:
         return nullcontext() if self.lower is None else self.lower.watched(device_of(self.inner))
 
+    def _masks_repeated(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.masks is None else self.masks.repeated()
+
     @contextmanager
     def _perturbed(self, replace: Replace) -> Iterator[None]:
         """A pass with ``replace`` at the sites, and dropout as in the clean pass."""
@@ -253,7 +256,7 @@ class Step:
             return replace(index, tensor)
 
         with (
-            nullcontext() if self.masks is None else self.masks.repeated(),
+            self._masks_repeated(),
             nullcontext() if lower is None else lower.skipped(),
             self.hooks.replacing(replace if lower is None else at_site, known),
         ):

@@ -109,13 +109,13 @@ class SubBatch:
     @property
     def fraction(self) -> float:
         """m / B."""
-        return self.chosen_index.shape[0] / self._samples
+        return self.chosen_index.shape[0] / self.samples
 
     def selected(self, task: TaskPass, embeds: Sequence[Tensor]) -> tuple[TaskPass, list[Tensor]]:
         """A clean pass over the whole batch, and its tensors at the sites, as the perturbed passes see them."""
         chosen = self.chosen.passes.select(task.predictions, self.chosen_index)
         rows = [part.rows() for part in task.predictions]
-        of_chosen = [_select_rows(tensor, self.chosen_index, self._samples) for tensor in embeds]
+        of_chosen = [_select_rows(tensor, self.chosen_index, self.samples) for tensor in embeds]
         shares = self._shares([part.rows() for part in chosen], rows, task.loss)
         return task._replace(predictions=chosen, shares=shares), of_chosen
 
@@ -129,7 +129,8 @@ class SubBatch:
         return TaskPass(self._loss(chosen, rest), outputs, chosen.predictions, shares)
 
     @property
-    def _samples(self) -> int:
+    def samples(self) -> int:
+        """B."""
         return self.chosen_index.shape[0] + self.rest_index.shape[0]
 
     def _shares(self, chosen: Sequence[Tensor | int], rows: Sequence[Tensor | int], loss: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ class SubBatch:
             if chosen.dim() == 0 or (chosen.shape[0] % sizes[0] or rest.shape[0] % sizes[1]):
                 return None
             order = torch.cat([self.chosen_index, self.rest_index]).argsort()
-            return _select_rows(torch.cat([chosen, rest]), order, self._samples)
+            return _select_rows(torch.cat([chosen, rest]), order, self.samples)
         if isinstance(chosen, Mapping):
             return type(chosen)(**{key: self._merged(value, rest.get(key)) for key, value in chosen.items()})
         if isinstance(chosen, tuple | list):

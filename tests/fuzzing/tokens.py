@@ -211,11 +211,6 @@ def _check_ascent(tensors, options, results, delta, error, kept, judge) -> tuple
     return want, tolerance, bound
 
 
-def _equal_squares(delta: Tensor) -> float:
-    """Relative error of an fp32 sum of equal squares over the last dimension: all its steps may round the same way."""
-    return delta.shape[-1] * 2.0**-26
-
-
 def _dims(level: str) -> tuple[int, ...]:
     return {"token": (2,), "sequence": (1, 2), "batch": (0, 1, 2)}[level]
 
@@ -268,7 +263,7 @@ def _check_statistics(tensors, options, results, moved, rounding, radius, kept, 
     lost = ((results["perturbed"] == embeds) & (delta != 0)).sum(-1)
     judge.exactly("stats, unrepresentable", stats["unrepresentable"], lost.float())
     squared = (delta.double() ** 2).sum(-1)
-    room = 4e-6 + _equal_squares(delta)  # as of a clipped token
+    room = 4e-6 + delta.shape[-1] * 2.0**-26  # equal squares, as of a clipped token, round the same way in every sum
     regular = (squared < 3e38) & ((squared > 1e-30) | (squared == 0))
     judge.within(
         "stats, squared", (stats["delta_squared"].double() - squared).abs()[regular], (room * squared)[regular]
