@@ -9,8 +9,8 @@ from .numbers import ms, span, times
 
 TITLE = "Passes of a step on a part of the batch"
 INTRO = (
-    "Passes of the model without this library, each timed alone, and their sum over a standard step with the clean pass "
-    "in two parts and masks drawn in each; counted is what it would be if every product ran equally fast."
+    "Passes of the model without this library, each timed alone, and their sum over a standard step with the clean "
+    "pass in two parts and masks drawn in each; counted is what it would be if every product ran equally fast."
 )
 WORDS = {
     "standard": "forward and backward, all samples",
