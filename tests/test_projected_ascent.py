@@ -203,6 +203,33 @@ def test_number_and_tensor_magnitudes_agree(place):
     assert torch.equal(of_numbers, of_tensors)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_radius_that_is_nan_gives_nan(place, norm):
+    embeds, grad, delta = inputs((2, 3, 9), place.device)
+    radius = torch.tensor([[0.1, float("nan"), 0.1]], device=place.device).expand(2, 3)
+    moved = projected_ascent(
+        embeds, grad, delta, step_size=0.1, epsilon=radius, norm=norm, level="token", backend=place.backend
+    )
+    assert moved.isnan().all(-1).tolist() == [[False, True, False]] * 2
+
+
+@pytest.mark.parametrize(("level", "shape"), [
+    ("token", (1, 2, 65_537)), ("sequence", (2, 65, 1025)), ("batch", (5, 13, 1025)),
+])  # fmt: skip
+def test_many_equal_squares_have_the_right_sum(place, level, shape):
+    """The square of 0.1 and its multiples are rounded; one after the other, all would be in the same direction."""
+    embeds = torch.zeros(shape, device=place.device)
+    _, moved, stats = projected_ascent(
+        embeds, torch.ones_like(embeds), embeds, step_size=0.1, epsilon=1.0, norm="l2", normalize="sign", level=level,
+        return_delta=True, return_stats=True, backend=place.backend,
+    )  # fmt: skip
+    members = {"token": shape[2], "sequence": shape[1] * shape[2], "batch": embeds.numel()}[level]
+    size = members**-0.5
+    assert float((moved.double() - size).abs().max()) <= 8 * 2.0**-24 * size
+    squared = (moved.double() ** 2).sum(-1)
+    assert float(((stats[..., 0].double() - squared) / squared).abs().max()) <= 16 * 2.0**-24
+
+
 def test_stats_count_what_the_embedding_dtype_loses(place):
     embeds = torch.ones(1, 2, 8, dtype=torch.bfloat16, device=place.device)
     delta = torch.full((1, 2, 8), 1e-5, device=place.device)

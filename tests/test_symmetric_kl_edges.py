@@ -179,6 +179,32 @@ def test_sides_that_are_certain_of_different_classes(place, columns, gap):
             assert float((gradient.cpu().double() - want).norm()) <= (1e-4 + 2 * STORED * gap) * float(wanted[0].norm())
 
 
+@pytest.mark.parametrize("rise", [5.0, 20.0, 29.0, 31.0])
+@pytest.mark.parametrize("columns", [2, 65, 2100, 8300])
+def test_class_without_weight_that_overtakes_all_others(place, columns, rise):
+    """From a hundred below the others to ``rise`` above: its difference is far larger than the row's."""
+    a, b = oracle.logit_pair(3, columns, 0.3, device=place.device)
+    a[:, 0], b[:, 0] = a.amax(-1) + rise, b.amax(-1) - 100
+    for name in names(place):
+        rows, da, db, at_once = run(name, a, b, place.backend)
+        assert oracle.relative_error(rows, oracle.divergence(name, a, b)) <= 4e-6
+        wanted = oracle.divergence_gradient(name, a, b)
+        for gradient, want in ((da, wanted[0]), (at_once, wanted[0]), (db, wanted[1])):
+            assert float((gradient.cpu().double() - want).norm()) <= (1e-4 + 2 * STORED * 100) * float(wanted[0].norm())
+
+
+@pytest.mark.parametrize("size", [1e9, 1e20])
+@pytest.mark.parametrize(("rows", "columns"), [(500, 2), (500, 65), (20, 2100), (20, 8300)])
+def test_huge_logits_have_finite_values_and_gradients(place, rows, columns, size):
+    """From 1e7 on the last place of an fp32 logit is a factor of e and more: no more than this can be asked."""
+    a, b = (size * t.requires_grad_() for t in oracle.logit_pair(rows, columns, 1.0, device=place.device))
+    for name in names(place):
+        loss = DIVERGENCES[name](a, b, temperature=0.7, reduction="none", backend=place.backend)
+        assert loss.isfinite().all()
+        for gradient in torch.autograd.grad(loss.sum(), (a, b)):
+            assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "none"])
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0, 130)])
 def test_no_rows(place, shape, reduction):

@@ -35,14 +35,17 @@ ALUM_INLINE F moved(Normalize normalize, F delta, F g, float step, const GroupNo
   return delta + step * direction;
 }
 
-// NaN stays NaN.
+// NaN stays NaN, and a radius that is NaN makes it.
 template <class F>
 ALUM_INLINE F projected(Norm norm, F x, float epsilon, const GroupNorms& group) {
   if (norm == Norm::kLinf) {
     const F high = broadcast<F>(epsilon), low = broadcast<F>(-epsilon);
-    return x > high ? high : (x < low ? low : x);
+    return x <= high ? (x < low ? low : x) : (x == x ? high : x);
   }
-  if (norm == Norm::kL2) return group.moved_length > epsilon ? x * (epsilon / group.moved_length) : x;
+  if (norm == Norm::kL2) {
+    const bool outside = group.moved_length > epsilon || epsilon != epsilon;
+    return outside ? x * (epsilon / group.moved_length) : x;
+  }
   if (norm == Norm::kLinfRescale) return x / broadcast<F>(group.moved_largest + kRescaleFloor);
   return x;
 }

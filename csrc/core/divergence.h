@@ -152,10 +152,12 @@ ALUM_INLINE Weights<F> weights_below(F larger, F d) {
   return {up ? larger : smaller, up ? smaller : larger, up ? -loss : loss};
 }
 
-// From log w2 = high + low.
+// From log w2 = high + low. The larger logarithm is at most `most`; that of logits whose last place is itself a large
+// number (1e9 and more) can come out anywhere above, and is held there.
 template <class F>
-ALUM_INLINE Weights<F> weights(F high, F low, F d) {
-  return weights_below(exp(high, low + (d > 0.0f ? d : F{})), d);
+ALUM_INLINE Weights<F> weights(F high, F low, F d, float most) {
+  const F rest = low + (d > 0.0f ? d : F{}), room = most - rest;
+  return weights_below(exp(high < room ? high : room, rest), d);
 }
 
 template <class F>
@@ -163,7 +165,7 @@ struct NarrowSums {
   F l1{}, l2{}, p{}, a{}, b{}, c{};
 
   ALUM_INLINE void add(F high, F low, F d) {
-    const Weights<F> w = weights(high, low, d);
+    const Weights<F> w = weights(high, low, d, kNarrow + 1.0f);
     l1 += w.w1;
     l2 += w.w2;
     p += w.w1 * d;

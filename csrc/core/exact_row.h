@@ -103,7 +103,7 @@ template <class F>
 ALUM_INLINE ClassTerms<F> class_terms(const Logits<F>& x, const RowStatistics<F>& row, float inv_temperature) {
   // NaN is the difference of a dead class, whose weights are zero
   const F d = larger_of((x.difference.high - row.c) * inv_temperature, broadcast<F>(kLowest)), u = d - row.log_ratio;
-  return {d, u, weights(x.b * inv_temperature, -row.lse_b, u)};
+  return {d, u, weights(x.b * inv_temperature, -row.lse_b, u, 0.0f)};
 }
 
 template <class F>

@@ -107,32 +107,64 @@ class AscentToken {
   template <Phase kPhase>
   ALUM_INLINE TokenPartial reduce_in(const GroupNorms& known) const {
     const GroupNorms group = known;
-    Vec total{};
     IntVec irregular{};
-    const auto add = [&](Vec x) ALUM_LAMBDA {
-      const Vec term = phase_term(kPhase, x, group);
-      total = is_sum(kPhase) ? total + term : larger_of(term, total);
-    };
     if constexpr (kPhase == Phase::kGradLargest || kPhase == Phase::kGradLength) {
-      for_each_vector(grad_, hidden_, [&](int64_t, auto, Vec g) ALUM_LAMBDA {
-        add(g);
-        if (kPhase == Phase::kGradLargest) irregular += is_irregular(g);
+      const float value = reduced<kPhase>(group, [&](int64_t begin, int64_t end, const auto& add) ALUM_LAMBDA {
+        for_each_vector(grad_, begin, end, [&](int64_t, auto, Vec g) ALUM_LAMBDA {
+          add(g);
+          if (kPhase == Phase::kGradLargest) irregular += is_irregular(g);
+        });
       });
+      return {value, count_lanes(irregular)};
     } else {
+      float value = 0.0f;
       with_normalize(normalize_, [&](auto normalize) ALUM_LAMBDA {
-        each([&](int64_t, auto, Vec delta, Vec g) ALUM_LAMBDA { add(moved(normalize, delta, g, step_, group)); });
+        value = reduced<kPhase>(group, [&](int64_t begin, int64_t end, const auto& add) ALUM_LAMBDA {
+          each(begin, end,
+               [&](int64_t, auto, Vec delta, Vec g) ALUM_LAMBDA { add(moved(normalize, delta, g, step_, group)); });
+        });
       });
+      return {value, 0.0f};
     }
-    return {is_sum(kPhase) ? sum_lanes(total) : max_lanes(total), count_lanes(irregular)};
   }
 
-  // body(h, count, delta, g) for every vector of features.
+  // The sum or the largest of the phase's terms; features(begin, end, add) adds those of a block.
+  template <Phase kPhase, class Features>
+  ALUM_INLINE float reduced(const GroupNorms& group, const Features& features) const {
+    double total = 0.0;
+    each_block([&](int64_t begin, int64_t end) ALUM_LAMBDA {
+      Vec block{};
+      features(begin, end, [&](Vec x) ALUM_LAMBDA {
+        const Vec term = phase_term(kPhase, x, group);
+        block = is_sum(kPhase) ? block + term : larger_of(term, block);
+      });
+      const double value = is_sum(kPhase) ? sum_lanes(block) : max_lanes(block);
+      total = is_sum(kPhase) ? total + value : larger_of(value, total);
+    });
+    return static_cast<float>(total);
+  }
+
+  // body(begin, end) for every block of features within which sums are taken in fp32.
   template <class Body>
-  ALUM_INLINE void each(const Body& body) const {
+  ALUM_INLINE void each_block(const Body& body) const {
+    constexpr int64_t kBlock = static_cast<int64_t>(kFold) * kWidth;
+    for (int64_t begin = 0; begin < hidden_; begin += kBlock) {
+      body(begin, begin + kBlock < hidden_ ? begin + kBlock : hidden_);
+    }
+  }
+
+  // body(h, count, delta, g) for every vector of features [begin, end).
+  template <class Body>
+  ALUM_INLINE void each(int64_t begin, int64_t end, const Body& body) const {
     const G* const grad = grad_;
-    for_each_vector(delta_, hidden_, [&](int64_t h, auto count, Vec delta) ALUM_LAMBDA {
+    for_each_vector(delta_, begin, end, [&](int64_t h, auto count, Vec delta) ALUM_LAMBDA {
       body(h, count, delta, load_some(grad + h, count));
     });
+  }
+
+  template <class Body>
+  ALUM_INLINE void each(const Body& body) const {
+    each(0, hidden_, body);
   }
 
   template <class Count>
@@ -144,19 +176,24 @@ class AscentToken {
   // A sweep of its own, over rows that lie in cache, its choices made at run time: most calls want no statistics.
   ALUM_NOINLINE void write_statistics(const GroupNorms& known) const {
     const GroupNorms group = known;
-    Vec squares{};
+    double squares = 0.0;
     IntVec clipped{}, lost{}, irregular{};
-    each([&](int64_t h, auto count, Vec delta, Vec g) ALUM_LAMBDA {
-      Vec free = delta, bound = delta;
-      with_normalize(normalize_, [&](auto normalize) ALUM_LAMBDA { free = moved(normalize, delta, g, step_, group); });
-      with_norm(norm_, [&](auto norm) ALUM_LAMBDA { bound = projected(norm, free, epsilon_, group); });
-      const Vec e = load_some(embeds_ + h, count);
-      squares += bound * bound;
-      clipped += bound != free;
-      lost += (rounded_to(embeds_, e + bound) == e) & (bound != Vec{});
-      irregular += is_irregular(g);
+    each_block([&](int64_t begin, int64_t end) ALUM_LAMBDA {
+      Vec block{};
+      each(begin, end, [&](int64_t h, auto count, Vec delta, Vec g) ALUM_LAMBDA {
+        Vec free = delta, bound = delta;
+        with_normalize(normalize_,
+                       [&](auto normalize) ALUM_LAMBDA { free = moved(normalize, delta, g, step_, group); });
+        with_norm(norm_, [&](auto norm) ALUM_LAMBDA { bound = projected(norm, free, epsilon_, group); });
+        const Vec e = load_some(embeds_ + h, count);
+        block += bound * bound;
+        clipped += bound != free;
+        lost += (rounded_to(embeds_, e + bound) == e) & (bound != Vec{});
+        irregular += is_irregular(g);
+      });
+      squares += sum_lanes(block);
     });
-    statistics_[0] = sum_lanes(squares);
+    statistics_[0] = static_cast<float>(squares);
     statistics_[1] = count_lanes(clipped);
     statistics_[2] = count_lanes(lost);
     statistics_[3] = count_lanes(irregular);

@@ -23,6 +23,9 @@ using IntVec = int32_t __attribute__((vector_size(ALUM_VECTOR_BYTES)));
 using UintVec = uint32_t __attribute__((vector_size(ALUM_VECTOR_BYTES)));
 constexpr int kWidth = ALUM_VECTOR_BYTES / sizeof(float);
 
+// Vectors that are summed in fp32 before the sum is carried on in double: equal terms round the same way at every step.
+constexpr int kFold = 64;
+
 template <>
 struct Lane<Vec> {
   using Int = IntVec;

@@ -18,9 +18,6 @@
 
 ALUM_BEGIN
 
-// Vectors that are summed in fp32 before the sum is carried on in double.
-constexpr int kFold = 64;
-
 template <class T, RowForm kForm>
 struct RowPair {
   const T *first, *b;

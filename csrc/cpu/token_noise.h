@@ -41,13 +41,18 @@ ALUM_NOINLINE inline void draw_chunk(const NoiseSource& noise, float std, int64_
   }
 }
 
-// Calls body(h, count, x) for every vector of a token's features; count < kWidth in the last one only, where lanes
-// beyond it hold zero.
+// Calls body(h, count, x) for every vector of features [begin, end) of a token; count < kWidth in the last one only,
+// where lanes beyond it hold zero.
+template <class T, class Body>
+ALUM_INLINE void for_each_vector(const T* row, int64_t begin, int64_t end, const Body& body) {
+  int64_t h = begin;
+  for (; h + kWidth <= end; h += kWidth) body(h, std::integral_constant<int64_t, kWidth>{}, load(row + h));
+  if (h < end) body(h, end - h, load_partial(row + h, end - h, Vec{}));
+}
+
 template <class T, class Body>
 ALUM_INLINE void for_each_vector(const T* row, int64_t hidden, const Body& body) {
-  int64_t h = 0;
-  for (; h + kWidth <= hidden; h += kWidth) body(h, std::integral_constant<int64_t, kWidth>{}, load(row + h));
-  if (h < hidden) body(h, hidden - h, load_partial(row + h, hidden - h, Vec{}));
+  for_each_vector(row, 0, hidden, body);
 }
 
 // Unit noise times std of all features of a token; `row` has room for a multiple of kChunk.

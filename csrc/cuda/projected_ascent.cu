@@ -66,26 +66,28 @@ struct WarpToken {
   }
 
   __device__ TokenPartial reduce(Phase phase, const GroupNorms& group) const {
-    TokenPartial total{0.0f, 0.0f};
     const bool sum = is_sum(phase);
-    const auto add_term = [&](float x) {
-      const float term = phase_term(phase, x, group);
-      total.value = sum ? total.value + term : larger_of(term, total.value);
+    const auto join = [sum](auto x, auto y) { return sum ? x + y : larger_of(y, x); };
+    double value = 0.0;  // in fp32 equal terms would round the same way at every step
+    float non_finite = 0.0f;
+    const auto add_terms = [&](int count, const auto& x) {
+      float four = 0.0f;
+      for (int i = 0; i < count; ++i) four = join(four, phase_term(phase, x(i), group));
+      value = join(value, static_cast<double>(four));
     };
     if (phase == Phase::kGradLargest || phase == Phase::kGradLength) {
       each_gradient([&](int64_t, int count, const Quad<float>& g) {
-        for (int i = 0; i < count; ++i) {
-          add_term(element(g, i));
-          total.non_finite += absolute(element(g, i)) < __builtin_inff() ? 0.0f : 1.0f;
-        }
+        add_terms(count, [&](int i) { return element(g, i); });
+        for (int i = 0; i < count; ++i) non_finite += absolute(element(g, i)) < __builtin_inff() ? 0.0f : 1.0f;
       });
     } else {
       each([&](int64_t, int count, const Quad<float>& delta, const Quad<float>& g) {
-        for (int i = 0; i < count; ++i) add_term(moved(args.normalize, element(delta, i), element(g, i), step, group));
+        add_terms(count, [&](int i) { return moved(args.normalize, element(delta, i), element(g, i), step, group); });
       });
     }
-    return warp_reduce(total, [sum](const TokenPartial& x, const TokenPartial& y) {
-      return TokenPartial{sum ? x.value + y.value : larger_of(x.value, y.value), x.non_finite + y.non_finite};
+    const TokenPartial lane{static_cast<float>(value), non_finite};
+    return warp_reduce(lane, [join](const TokenPartial& x, const TokenPartial& y) {
+      return TokenPartial{join(x.value, y.value), x.non_finite + y.non_finite};
     });
   }
 
@@ -93,27 +95,30 @@ struct WarpToken {
     const int64_t offset = token * args.shape.hidden;
     const T* embeds = static_cast<const T*>(args.embeds) + offset;
     T* perturbed = static_cast<T*>(args.perturbed) + offset;
+    double squares = 0.0;
     float4 counts{0.0f, 0.0f, 0.0f, 0.0f};
     each([&](int64_t h, int count, const Quad<float>& delta, const Quad<float>& g) {
       const Quad<float> e = load_four(embeds + h, count);
-      float bound[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      float bound[4] = {0.0f, 0.0f, 0.0f, 0.0f}, four = 0.0f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float free = moved(args.normalize, element(delta, i), element(g, i), step, group);
         bound[i] = projected(args.norm, free, epsilon, group);
         if (i < count) {
           const float rounded = widen(narrow<T>(__fadd_rn(element(e, i), bound[i])));
-          counts.x += bound[i] * bound[i];
+          four += bound[i] * bound[i];
           counts.y += bound[i] != free ? 1.0f : 0.0f;
           counts.z += rounded == element(e, i) && bound[i] != 0.0f ? 1.0f : 0.0f;
           counts.w += absolute(element(g, i)) < __builtin_inff() ? 0.0f : 1.0f;
         }
       }
+      squares += four;
       const Quad<float> d{bound[0], bound[1], bound[2], bound[3]};
       store_four(perturbed + h, add(e, d), count);
       if (args.new_delta != nullptr) store_four(args.new_delta + offset + h, d, count);
     });
     if (args.statistics == nullptr) return;
+    counts.x = static_cast<float>(squares);
     counts = warp_reduce(
         counts, [](const float4& x, const float4& y) { return float4{x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w}; });
     if (threadIdx.x % kWarp == 0) put_statistics(counts);

@@ -19,7 +19,9 @@ HOME_REACH, HOME_CHANGE = 80.0, 60.0
 """Largest logit, and largest difference of two, over the temperature, up to which the promised bounds hold: logits of
 8 randn + 24 and perturbations of 10 randn lie within. Further out the rounding of the logits themselves counts too."""
 FARTHEST = 1e7
-"""From here on the last place of an fp32 logit is a factor of e in a weight: regular rows are not judged."""
+"""From here on the last place of an fp32 logit is a factor of e in a weight: regular rows need only be finite ..."""
+BEYOND = 1e25
+"""... up to here, where a weight of e^31 times a difference still is."""
 ALLOWED_PLACES = 4.0
 """So many roundings of the logits are let off there."""
 
@@ -30,7 +32,7 @@ def draw(draw: Draw, op: str) -> tuple[dict[str, Held | None], dict[str, Any]]:
     rows = shape[:-1]
     dtype = draw.choice((torch.float32, torch.bfloat16, torch.float16, torch.float64), (8, 2, 2, 1))
     # the square of a huge number is infinite in fp32
-    kind = draw.choice(("usual", "equal"), (9, 1)) if op == "squared_error" else draw.choice(KINDS, (14, 1, 1, 2, 2, 1))
+    kind = draw.choice(("usual", "equal"), (9, 1)) if op == "squared_error" else draw.choice(KINDS, (14, 1, 1, 2, 2, 3, 1))
     a, b = draw_pair(draw, shape, kind)
     mask = draw.mask(*rows)
     count = a[..., 0].numel()
@@ -185,6 +187,8 @@ def _check_gradients(op, tensors, options, results, true: Truth, weight: Tensor,
         judge.require((got[true.dead & regular[:, None]] == 0).all(), f"{name}: a dead class is not zero")
         judge.require((got[true.alike & regular] == 0).all(), f"{name}: equal sides, but not zero")
         _judge_gradient(judge, name, got[regular], (want * factor[:, None])[regular], true, factor, regular)
+        far = ~true.undefined & ~silent & (true.reach >= FARTHEST) & (torch.maximum(true.reach, true.change) < BEYOND)
+        judge.require(got.dtype == torch.float16 or got[far].isfinite().all(), f"{name}: not finite, of huge logits")
 
 
 def _judge_gradient(judge: Judgement, name: str, got: Tensor, want: Tensor, true: Truth, factor, regular) -> None:

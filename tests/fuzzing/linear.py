@@ -36,7 +36,7 @@ Tensors = dict[str, Held | None]
 def draw(draw: Draw, op: str) -> tuple[Tensors, dict[str, Any]]:
     """Tensors and options of one call."""
     dtype = draw.choice((torch.float32, torch.bfloat16, torch.float16, torch.float64), (8, 2, 2, 1))
-    columns = draw.choice([v for v in COLUMNS if v <= (130 if draw.small else 3000)])
+    columns = draw.choice([v for v in COLUMNS if v <= (130 if draw.small and draw.chance(0.9) else 3000)])
     size, rows = draw.choice(SIZES), draw.choice([n for n in ROWS if n <= (4 if draw.small else 40)])
     leading = draw.choice(((rows,), (rows, draw.choice((1, 2)))), (3, 1))
     entropy = op == "linear_cross_entropy"

@@ -2,7 +2,7 @@
 
 Kinds: *usual* is the domain in which the accuracy of the library is promised (logits of a few units to a few dozen, any
 perturbation); *minute* and *huge* lie far below and above it, *shifted* far from zero, *opposed* are certain of
-different classes, *equal* do not differ. Some rows are then spoilt: dead classes (-inf), NaN, +inf.
+different classes, in *overtaken* rows a class without weight passes all others, *equal* do not differ. Some rows are then spoilt: dead classes (-inf), NaN, +inf.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ COLUMNS = (
     (8191, 8193, 9000, 16384, 16385, 30522, 50257),
 )
 ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 70)
-KINDS = ("usual", "minute", "huge", "shifted", "opposed", "equal")
+KINDS = ("usual", "minute", "huge", "shifted", "opposed", "overtaken", "equal")
 SPOILT = ("dead", "one-sided", "nan", "infinite", "empty", "alike")
 
 
 def draw_shape(draw: Draw) -> tuple[int, ...]:
     """(..., V), at least one row dimension; few rows where there are many classes."""
-    columns = draw.choice(draw.choice(COLUMNS[:2] if draw.small else COLUMNS, (8, 2) if draw.small else (16, 8, 3, 1)))
-    most = 5 if draw.small else max(10_000 // columns, 2)
+    columns = draw.choice(draw.choice(COLUMNS[:3] if draw.small else COLUMNS, (6, 2, 2) if draw.small else (16, 8, 3, 1)))
+    most = min(max(10_000 // columns, 2), 5 if draw.small else ROWS[-1])
     rows = draw.choice([n for n in ROWS if n <= most])
     leading = draw.choice(((rows,), (rows, draw.choice((1, 2, 3))), (draw.choice((1, 2)), rows, 2)), (5, 3, 1))
     return (*leading, columns)
@@ -54,6 +54,10 @@ def draw_pair(draw: Draw, shape: tuple[int, ...], kind: str) -> tuple[Tensor, Te
         b.scatter_add_(-1, raised, gap)
         change.scatter_add_(-1, raised, -gap)
         change.scatter_add_(-1, (raised + 1) % shape[-1], gap)
+    elif kind == "overtaken":
+        fall = draw.size(1, 200)
+        change.scatter_add_(-1, raised, torch.full(raised.shape, fall + draw.size(0.1, 60), dtype=b.dtype))
+        b.scatter_add_(-1, raised, torch.full(raised.shape, -fall, dtype=b.dtype))
     elif kind == "equal":
         change = torch.zeros_like(change)
     return b + change, b

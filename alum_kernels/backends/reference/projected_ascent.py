@@ -84,7 +84,7 @@ def projected_ascent(
         projected = torch.clamp(moved, -radius, radius)
     elif norm == "l2":
         length = _euclidean(moved, dims)
-        outside = length > radius
+        outside = (length > radius) | (radius != radius)  # a radius that is NaN gives NaN, as clamp does
         projected = torch.where(outside, moved * (radius / torch.where(outside, length, 1)), moved)
     elif norm == "linf_rescale":
         projected = moved / (_largest(moved, dims) + RESCALE_FLOOR)

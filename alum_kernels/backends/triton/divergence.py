@@ -96,9 +96,11 @@ def weights_below(larger, d):
 
 
 @triton.jit
-def weights(high, low, d):
-    """The same from log w2 = high + low."""
-    return weights_below(exp_sum(high, low + tl.where(d > 0.0, d, 0.0)), d)
+def weights(high, low, d, most):
+    """The same from log w2 = high + low; the larger logarithm is at most ``most``, and held there for huge logits."""
+    rest = low + tl.where(d > 0.0, d, 0.0)
+    room = most - rest
+    return weights_below(exp_sum(tl.where(high < room, high, room), rest), d)
 
 
 @triton.jit
@@ -145,7 +147,7 @@ def classes_of(difference, b, statistics, inv_temperature):
     dead = b == -INFINITY
     d = tl.where(dead, 0.0, (difference - c) * inv_temperature)
     u = d - log_ratio
-    w1, w2, difference = weights(tl.where(dead, NO_WEIGHT, b * inv_temperature), -lse_b, u)
+    w1, w2, difference = weights(tl.where(dead, NO_WEIGHT, b * inv_temperature), -lse_b, u, 0.0)
     return w1, w2, difference, d, u, dead
 
 

@@ -99,8 +99,8 @@ def analyse_stream(
 
         wide = tl.where(((max_a - max_b) - c) * inv_temperature > NARROW, 1, wide)
         d = tl.where(dead, 0.0, (difference - c) * inv_temperature)
-        bounded = tl.minimum(d, 2.0 * NARROW)  # beyond, the row is wide, or the class weighs nothing
-        w1, w2, gain = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0, bounded)
+        # what is held at 1 + NARROW belongs to a wide row
+        w1, w2, gain = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0, d, NARROW + 1.0)
         l1 += tl.sum(w1, 0).to(tl.float64)
         l2 += tl.sum(w2, 0).to(tl.float64)
         sum_p += tl.sum(w1 * d, 0).to(tl.float64)
@@ -151,7 +151,7 @@ def analyse_stream(
             column, a, b, difference = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
             dead = (b == -INFINITY) | (undefined != 0)
             u = tl.where(dead, 0.0, (difference - c) * inv_temperature - log_ratio)
-            w1, w2, gain = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), u * 0.0, u)
+            w1, w2, gain = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), u * 0.0, u, NARROW + 1.0)
             total += tl.sum(kl_q_term(w2, gain, u), 0).to(tl.float64)
         loss = (total / l2).to(tl.float32)
 

@@ -107,9 +107,10 @@ def _moved(delta, g, step, climbs, largest, grad_length, NORMALIZE: tl.constexpr
 @triton.jit
 def _projected(moved, epsilon, moved_largest, moved_length, NORM: tl.constexpr):
     if NORM == "linf":
-        return tl.where(moved > epsilon, epsilon, tl.where(moved < -epsilon, -epsilon, moved))
+        bound = tl.where(moved > epsilon, epsilon, tl.where(moved < -epsilon, -epsilon, moved))
+        return tl.where(epsilon == epsilon, bound, epsilon)  # a radius that is NaN gives NaN
     elif NORM == "l2":
-        outside = moved_length > epsilon
+        outside = (moved_length > epsilon) | (epsilon != epsilon)
         return tl.where(outside, moved * tl.div_rn(epsilon, tl.where(outside, moved_length, 1.0)), moved)
     elif NORM == "linf_rescale":
         return tl.div_rn(moved, tl.broadcast_to(moved_largest + RESCALE_FLOOR, moved.shape))
@@ -166,9 +167,10 @@ def _ascend(
     GROUPS: tl.constexpr = ROWS if BY_TOKEN else 1
     largest = tl.zeros((GROUPS, 1), tl.float32)
     irregular = tl.zeros((GROUPS, 1), tl.float32)
-    grad_square = tl.zeros((GROUPS, 1), tl.float32)
+    # tiles are summed in double: equal terms round the same way at every step
+    grad_square = tl.zeros((GROUPS, 1), tl.float64)
     moved_largest = tl.zeros((GROUPS, 1), tl.float32)
-    moved_square = tl.zeros((GROUPS, 1), tl.float32)
+    moved_square = tl.zeros((GROUPS, 1), tl.float64)
     for first in range(begin, end, ROWS):
         for feature in range(0, hidden, COLUMNS):
             _, _, inside, kept, g, _, _ = _tile(
@@ -194,7 +196,7 @@ def _ascend(
                 )  # fmt: skip
                 ratio = tl.where(climbs, tl.div_rn(g, tl.broadcast_to(divisor, g.shape)), 0.0)
                 grad_square += _over_group(ratio * ratio, BY_TOKEN, True)
-    grad_length = tl.sqrt_rn(grad_square)
+    grad_length = tl.sqrt_rn(grad_square.to(tl.float32))
 
     if (NORM == "l2") | (NORM == "linf_rescale"):
         for first in range(begin, end, ROWS):
@@ -220,7 +222,7 @@ def _ascend(
                 moved = _moved(delta, g, step, climbs, largest, grad_length, NORMALIZE)
                 ratio = tl.div_rn(moved, tl.broadcast_to(divisor, moved.shape))
                 moved_square += _over_group(ratio * ratio, BY_TOKEN, True)
-    moved_length = moved_largest * tl.sqrt_rn(moved_square)
+    moved_length = moved_largest * tl.sqrt_rn(moved_square.to(tl.float32))
 
     for first in range(begin, end, ROWS):
         squares = tl.zeros((ROWS, 1), tl.float32)
