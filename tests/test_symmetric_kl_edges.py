@@ -193,6 +193,22 @@ def test_class_without_weight_that_overtakes_all_others(place, columns, rise):
             assert float((gradient.cpu().double() - want).norm()) <= (1e-4 + 2 * STORED * 100) * float(wanted[0].norm())
 
 
+@pytest.mark.parametrize("fall", [5.0, 40.0])
+@pytest.mark.parametrize("columns", [65, 2100, 8300])
+def test_flat_rows_whose_largest_class_falls(place, columns, fall):
+    """Against it all others rise alike, and J is what is left of numbers hundreds of times its size."""
+    a, b = oracle.logit_pair(3, columns, 1e-3, scale=0.1, raised=0.2, device=place.device)
+    a.scatter_add_(-1, b.argmax(-1, keepdim=True), torch.full((3, 1), -fall, device=place.device))
+    for name in names(place):
+        rows, da, db, at_once = run(name, a, b, place.backend)
+        assert oracle.relative_error(rows, oracle.divergence(name, a, b)) <= (4e-6 + 4 * STORED * fall)
+        wanted = oracle.divergence_gradient(name, a, b)
+        for gradient, want in ((da, wanted[0]), (at_once, wanted[0]), (db, wanted[1])):
+            # every difference is known to the places of the one at the largest b
+            rounded = 4 * STORED * fall * sum(float(x.cpu().double().softmax(-1).norm()) for x in (a, b))
+            assert float((gradient.cpu().double() - want).norm()) <= 1e-5 * float(want.norm()) + rounded
+
+
 @pytest.mark.parametrize("size", [1e9, 1e20])
 @pytest.mark.parametrize(("rows", "columns"), [(500, 2), (500, 65), (20, 2100), (20, 8300)])
 def test_huge_logits_have_finite_values_and_gradients(place, rows, columns, size):

@@ -18,7 +18,7 @@
 //   Lambda = log1p(B / L2)       E_p[d] = P / L1       E_q[d] = A / L2       J = C / L1 - (A / L2) (B / L1)
 //
 // Where c lies three deviations out, J is the small difference of two numbers ten times its size: sums are closed in
-// double, once a row.
+// double, once a row. Where they are kCancelled times its size, J is summed term by term (TermSums in core/long_row.h).
 //
 // da + db is of second order in d where da and db are of first, so that it is not their sum:
 //
@@ -40,6 +40,7 @@ ALUM_BEGIN
 constexpr int kExactColumns = 64;
 constexpr float kNarrow = 30.0f;
 constexpr float kSeries = 0.3f;
+constexpr float kCancelled = 32.0f;
 
 // Stands for the difference of a class that is -inf on both sides (NaN), whose weights are zero.
 constexpr float kLowest = -3.40282347e38f;
@@ -191,25 +192,29 @@ struct WideSums {
 struct RowResult {
   RowStatistics<float> statistics;
   float symmetric_kl;
+  bool cancelled;  // that value's digits have: it needs a sweep of its own
 };
 
-ALUM_INLINE RowResult close_row(double lse_b, double c, double log_ratio, double mean_p, double mean_q,
-                                double symmetric_kl) {
+// J = own - common.
+ALUM_INLINE RowResult close_row(double lse_b, double c, double log_ratio, double mean_p, double mean_q, double own,
+                                double common) {
+  const double symmetric_kl = own - common;
   return {{static_cast<float>(lse_b), static_cast<float>(c), static_cast<float>(log_ratio), static_cast<float>(mean_p),
            static_cast<float>(mean_q)},
-          static_cast<float>(symmetric_kl)};
+          static_cast<float>(symmetric_kl),
+          (common < 0.0 ? -common : common) > kCancelled * symmetric_kl};
 }
 
 ALUM_INLINE RowResult finish(const NarrowSums<double>& s, double max_b, double c) {
   const double change = s.b / s.l2, mean_q = s.a / s.l2;
   const double log_ratio = change > -0.5 ? ::log1p(change) : ::log(s.l1 / s.l2);
-  return close_row(max_b + ::log(s.l2), c, log_ratio, s.p / s.l1, mean_q, s.c / s.l1 - mean_q * (s.b / s.l1));
+  return close_row(max_b + ::log(s.l2), c, log_ratio, s.p / s.l1, mean_q, s.c / s.l1, mean_q * (s.b / s.l1));
 }
 
 // The weights of these sums are e^(a - max a) and e^(b - max b); gap is max a - c - max b.
 ALUM_INLINE RowResult finish(const WideSums<double>& s, double gap, double max_b, double c) {
   const double mean_p = s.p / s.l1, mean_q = s.a / s.l2;
-  return close_row(max_b + ::log(s.l2), c, gap + ::log(s.l1 / s.l2), mean_p, mean_q, mean_p - mean_q);
+  return close_row(max_b + ::log(s.l2), c, gap + ::log(s.l1 / s.l2), mean_p, mean_q, mean_p, mean_q);
 }
 
 // The term of one class in KL(q||p), from its weights w1 = p, w2 = q.

@@ -20,7 +20,7 @@ ALUM_INLINE F polynomial(const float (&c)[N], F x) {
 }
 
 // e^(high + low) = scale (1 + minus_one), for -87.3 <= high + low <= 88.3; scale is a power of two. The two parts are
-// reduced apart, so that the rounding of their sum (4e-6 at 64) does not enter.
+// reduced one after the other, so that neither the rounding of their sum (4e-6 at 64) enters, nor that of either.
 template <class F>
 struct ExpSplit {
   F scale, minus_one;
@@ -36,7 +36,7 @@ ALUM_INLINE ExpSplit<F> exp_split(F high, F low) {
   constexpr float kRound = 12583039.0f;
   const F shifted = (high + low) * kLog2e + kRound;
   const F n = shifted - kRound;
-  const F r = (high - n * kLn2High) + (low - n * kLn2Low);
+  const F r = ((high - n * kLn2High) + low) - n * kLn2Low;  // high and low may all but cancel
   const U exponent = bits_as<U>(shifted) << 23;
   return {bits_as<F>(exponent), r + r * r * polynomial(kExpm1, r)};
 }

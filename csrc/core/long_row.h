@@ -2,7 +2,7 @@
 //
 //   1  RowExtremes    max b with a - b there, max a, whether all is finite
 //   2  NarrowSums     everything, while max a - c - max b <= 30; otherwise WideSums (core/divergence.h)
-//   3  TermSums       only for few classes, or KL(q||p) as a value: the divergence term by term, with Lambda known
+//   3  TermSums       only for few classes, KL(q||p) as a value, or where J cancels: term by term, with Lambda known
 //   4  the gradient   class_gradient (core/exact_row.h)
 #pragma once
 

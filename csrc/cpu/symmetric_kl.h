@@ -157,7 +157,8 @@ float analyse_row(const Row& row, const DivergenceArguments& args, RowStatistics
       exact ? row_result<true>(row, x, args.inv_temperature) : row_result<false>(row, x, args.inv_temperature);
   stats = result.statistics;
   const bool few = row.columns <= kTermwiseColumns;
-  return few || args.divergence == Divergence::kKl ? row_terms(row, x, args, stats.log_ratio) : result.symmetric_kl;
+  const bool by_terms = few || result.cancelled || args.divergence == Divergence::kKl;
+  return by_terms ? row_terms(row, x, args, stats.log_ratio) : result.symmetric_kl;
 }
 
 // Calls run(std::integral_constant<Rule, r>{}) for the rule that the arguments ask for.

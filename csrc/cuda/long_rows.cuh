@@ -2,7 +2,7 @@
 //
 //   1  maxima, the difference at the largest b, whether all is finite     (reads the logits, stages them)
 //   2  all sums                                                           (staged)
-//   3  the divergence term by term, for few classes or KL                 (staged)
+//   3  the divergence term by term, for few classes, KL or where J cancels (staged)
 //   4  the gradients, one class at a time                                 (staged; writes)
 #pragma once
 
@@ -75,7 +75,8 @@ __device__ __forceinline__ float analyse_row(const Row& row, const DivergenceArg
   }
   const RowResult result = row_result<kExact>(row, shape, args.inv_temperature, meeting);
   stats = result.statistics;
-  if (args.divergence == Divergence::kSymmetricKl && args.columns > kTermwiseColumns) return result.symmetric_kl;
+  const bool few = args.columns <= kTermwiseColumns;
+  if (args.divergence == Divergence::kSymmetricKl && !few && !result.cancelled) return result.symmetric_kl;
   TermSums<float> sums;
   row.again([&](const Logits<float>& y) { sums.add(y, x, args.inv_temperature, stats.log_ratio, args.divergence); });
   return meeting.sum(sums, [](const TermSums<double>& s) { return finish_terms(s); });

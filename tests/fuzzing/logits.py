@@ -99,7 +99,8 @@ class Truth:
     slope: Tensor  # (N,) sum |dJ/da| + |dJ/db|: what a change of the logits does to the loss
     reach: Tensor  # (N,) largest |logit| over the temperature
     change: Tensor  # (N,) largest |a - b| over the temperature
-    common: Tensor  # (N,) |a - b| at the largest b, likewise: what is taken off every difference
+    common: Tensor  # (N,) |a - b| at the largest b, taken off every difference, or at the largest a, if that is more
+    terms: Tensor  # (N,) how many terms of one size would have the same sum and sum of squares as those of J
 
 
 def truth(name: str, a: Tensor, b: Tensor, gradient: str, inv_temperature: float) -> Truth:
@@ -112,7 +113,7 @@ def truth(name: str, a: Tensor, b: Tensor, gradient: str, inv_temperature: float
     dead = (a == -torch.inf) & (b == -torch.inf)
     undefined = spoilt | separated | nothing
     loss, grad_a, grad_b = torch.zeros(rows).double(), torch.zeros(rows, columns).double(), torch.zeros_like(a)
-    weight, slope, reach, change, common = (torch.zeros(rows).double() for _ in range(5))
+    weight, slope, reach, change, common, terms = (torch.zeros(rows).double() for _ in range(6))
     loss[spoilt], loss[separated] = torch.nan, torch.inf
     options = {"divergence": name, "inv_temperature": inv_temperature}
     several = dead.any(-1) & ~undefined
@@ -136,9 +137,11 @@ def truth(name: str, a: Tensor, b: Tensor, gradient: str, inv_temperature: float
         reach[rows_of] = torch.maximum(x.abs(), y.abs()).amax(-1) * inv_temperature
         apart = (x - y).abs() * inv_temperature
         change[rows_of] = apart.amax(-1)
-        common[rows_of] = apart.gather(-1, y.argmax(-1, keepdim=True))[:, 0]
+        common[rows_of] = torch.maximum(*(apart.gather(-1, z.argmax(-1, keepdim=True))[:, 0] for z in (x, y)))
+        parts = (p - q) * ((x * inv_temperature).log_softmax(-1) - (y * inv_temperature).log_softmax(-1))
+        terms[rows_of] = parts.sum(-1) ** 2 / (parts**2).sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
     alike = (a == b).all(-1) & ~undefined
-    return Truth(loss, grad_a, grad_b, undefined, dead, alike, weight, slope, reach, change, common)
+    return Truth(loss, grad_a, grad_b, undefined, dead, alike, weight, slope, reach, change, common, terms)
 
 
 def lay_pair(draw: Draw, a: Tensor, b: Tensor, dtype: torch.dtype, expand: bool = True) -> tuple[Held, Held]:

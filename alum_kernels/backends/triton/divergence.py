@@ -16,6 +16,7 @@ INFINITY = tl.constexpr(float("inf"))
 NARROW = tl.constexpr(30.0)
 REGULAR = tl.constexpr(1)
 SERIES = tl.constexpr(0.3)
+CANCELLED = tl.constexpr(32.0)
 # e^x is zero here: the scale is 2^-127, whose bits are those of zero
 VANISHED = tl.constexpr(-88.2)
 LOWEST = tl.constexpr(-3.4028234663852886e38)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from alum_kernels.backends.triton.divergence import (
+    CANCELLED,
     INFINITY,
     LOWEST,
     NARROW,
@@ -140,19 +141,25 @@ def analyse_stream(
     own = log((l1 / l2).to(tl.float32))
     near = log1p(tl.where(change > -0.5, change, 0.0))
     log_ratio = tl.where(wide != 0, gap.to(tl.float32) + own, tl.where(change > -0.5, near, own))
-    loss = tl.where(wide != 0, mean_p - mean_q, sum_c / l1 - mean_q * (sum_b / l1)).to(tl.float32)
+    common = tl.where(wide != 0, mean_q, mean_q * (sum_b / l1))
+    loss = tl.where(wide != 0, mean_p, sum_c / l1) - common
+    by_terms = (undefined == 0) & (tl.abs(common) > CANCELLED * loss)
+    if DIVERGENCE == "kl":
+        by_terms = True
+    loss = loss.to(tl.float32)
     lse_b = max_b * inv_temperature + log(l2.to(tl.float32))
     mean_p, mean_q = mean_p.to(tl.float32), mean_q.to(tl.float32)
 
-    if DIVERGENCE == "kl":
-        # as a value KL(q||p) is a sum of terms >= 0, with Lambda known
+    if by_terms:
+        # KL(q||p) as a value, and J where it is a small difference of large numbers: terms >= 0, with Lambda known
         total = tl.full((), 0.0, tl.float64)
         for start in range(0, length, BLOCK):
             column, a, b, difference = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
             dead = (b == -INFINITY) | (undefined != 0)
             u = tl.where(dead, 0.0, (difference - c) * inv_temperature - log_ratio)
             w1, w2, gain = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), u * 0.0, u, NARROW + 1.0)
-            total += tl.sum(kl_q_term(w2, gain, u), 0).to(tl.float64)
+            term = kl_q_term(w2, gain, u) if DIVERGENCE == "kl" else gain * u
+            total += tl.sum(term, 0).to(tl.float64)
         loss = (total / l2).to(tl.float32)
 
     return loss_of(kind, loss), (lse_b, c, log_ratio, mean_p, mean_q), undefined

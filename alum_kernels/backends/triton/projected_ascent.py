@@ -252,7 +252,8 @@ def _ascend(
                 counted = inside & kept
                 squares += tl.sum(tl.where(counted, projected * projected, 0.0), 1)[:, None]
                 clipped += tl.sum(tl.where(counted & (projected != moved), 1.0, 0.0), 1)[:, None]
-                same = (perturbed == embeds) & (projected != 0.0)
+                # as numbers: the interpreter compares bf16 by bits, NaN included
+                same = (perturbed.to(tl.float32) == embeds.to(tl.float32)) & (projected != 0.0)
                 lost += tl.sum(tl.where(counted & same, 1.0, 0.0), 1)[:, None]
                 non_finite += tl.sum(tl.where(counted & (tl.abs(g) < INFINITY), 0.0, tl.where(counted, 1.0, 0.0)), 1)[
                     :, None
