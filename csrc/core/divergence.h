@@ -177,6 +177,11 @@ struct NarrowSums {
 };
 
 template <class F>
+ALUM_INLINE NarrowSums<F> plus(const NarrowSums<F>& x, const NarrowSums<F>& y) {
+  return {x.l1 + y.l1, x.l2 + y.l2, x.p + y.p, x.a + y.a, x.b + y.b, x.c + y.c};
+}
+
+template <class F>
 struct WideSums {
   F l1{}, l2{}, p{}, a{};
 
@@ -188,6 +193,11 @@ struct WideSums {
     a += w2 * d;
   }
 };
+
+template <class F>
+ALUM_INLINE WideSums<F> plus(const WideSums<F>& x, const WideSums<F>& y) {
+  return {x.l1 + y.l1, x.l2 + y.l2, x.p + y.p, x.a + y.a};
+}
 
 struct RowResult {
   RowStatistics<float> statistics;

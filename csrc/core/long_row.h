@@ -91,6 +91,11 @@ struct TermSums {
   }
 };
 
+template <class F>
+ALUM_INLINE TermSums<F> plus(const TermSums<F>& x, const TermSums<F>& y) {
+  return {x.up + y.up, x.down + y.down, x.l1 + y.l1, x.l2 + y.l2};
+}
+
 ALUM_INLINE float finish_terms(const TermSums<double>& s) { return static_cast<float>(s.up / s.l1 + s.down / s.l2); }
 
 ALUM_END

@@ -108,15 +108,21 @@ ALUM_INLINE TermSums<double> total(const TermSums<double>& t, const TermSums<Vec
   return {t.up + sum_lanes(s.up), t.down + sum_lanes(s.down), t.l1 + sum_lanes(s.l1), t.l2 + sum_lanes(s.l2)};
 }
 
-// Sums<double> of add(Sums<Vec>&, logits) over a row; fp32 within a few vectors, double beyond.
+// Sums<double> of add(Sums<Vec>&, logits) over a row: fp32 within kFold vectors, double beyond. Among the kFold, few are
+// added to any one number, since a term far larger than the others swallows the digits of what is added to it.
 template <template <class> class Sums, class Row, class Add>
 ALUM_INLINE Sums<double> sum_row(const Row& row, const Add& add) {
-  constexpr int64_t kBlock = static_cast<int64_t>(kFold) * kWidth;
+  constexpr int64_t kStep = 16 * kWidth, kBlock = static_cast<int64_t>(kFold) * kWidth;
   Sums<double> totals;
   for (int64_t begin = 0; begin < row.columns; begin += kBlock) {
     const int64_t end = begin + kBlock < row.columns ? begin + kBlock : row.columns;
     Sums<Vec> sums;
-    row.each(begin, end, [&](const Logits<Vec>& y) ALUM_LAMBDA { add(sums, y); });
+    for (int64_t from = begin; from < end; from += kStep) {
+      Sums<Vec> few;
+      row.each(from, from + kStep < end ? from + kStep : end,
+               [&](const Logits<Vec>& y) ALUM_LAMBDA { add(few, y); });
+      sums = plus(sums, few);
+    }
     totals = total(totals, sums);
   }
   return totals;

@@ -17,16 +17,6 @@
 
 namespace alum::cuda {
 
-__device__ __forceinline__ NarrowSums<double> plus(const NarrowSums<double>& x, const NarrowSums<double>& y) {
-  return {x.l1 + y.l1, x.l2 + y.l2, x.p + y.p, x.a + y.a, x.b + y.b, x.c + y.c};
-}
-__device__ __forceinline__ WideSums<double> plus(const WideSums<double>& x, const WideSums<double>& y) {
-  return {x.l1 + y.l1, x.l2 + y.l2, x.p + y.p, x.a + y.a};
-}
-__device__ __forceinline__ TermSums<double> plus(const TermSums<double>& x, const TermSums<double>& y) {
-  return {x.up + y.up, x.down + y.down, x.l1 + y.l1, x.l2 + y.l2};
-}
-
 class RowMeeting {
  public:
   __device__ explicit RowMeeting(unsigned blocks) : blocks_(blocks) {

@@ -26,7 +26,9 @@ SPOILT = ("dead", "one-sided", "nan", "infinite", "empty", "alike")
 
 def draw_shape(draw: Draw) -> tuple[int, ...]:
     """(..., V), at least one row dimension; few rows where there are many classes."""
-    columns = draw.choice(draw.choice(COLUMNS[:3] if draw.small else COLUMNS, (6, 2, 2) if draw.small else (16, 8, 3, 1)))
+    columns = draw.choice(
+        draw.choice(COLUMNS[:3] if draw.small else COLUMNS, (6, 2, 2) if draw.small else (16, 8, 3, 1))
+    )
     most = min(max(10_000 // columns, 2), 5 if draw.small else ROWS[-1])
     rows = draw.choice([n for n in ROWS if n <= most])
     leading = draw.choice(((rows,), (rows, draw.choice((1, 2, 3))), (draw.choice((1, 2)), rows, 2)), (5, 3, 1))
@@ -99,7 +101,8 @@ class Truth:
     slope: Tensor  # (N,) sum |dJ/da| + |dJ/db|: what a change of the logits does to the loss
     reach: Tensor  # (N,) largest |logit| over the temperature
     change: Tensor  # (N,) largest |a - b| over the temperature
-    common: Tensor  # (N,) |a - b| at the largest b, taken off every difference, or at the largest a, if that is more
+    common: Tensor  # (N,) the largest of what is taken off every difference and of what is left of that at the largest
+    # a and b: |a - b| at the largest b, |a - b - that| at the largest a, |log p - log q| at the largest b
     terms: Tensor  # (N,) how many terms of one size would have the same sum and sum of squares as those of J
 
 
@@ -132,13 +135,17 @@ def truth(name: str, a: Tensor, b: Tensor, gradient: str, inv_temperature: float
         place = rows_of[:, None], alive[None]
         grad_a[place] = da
         grad_b[place] = torch.zeros_like(da) if db is None else db
-        p, q = (x * inv_temperature).softmax(-1), (y * inv_temperature).softmax(-1)
+        log_p, log_q = (x * inv_temperature).log_softmax(-1), (y * inv_temperature).log_softmax(-1)
+        p, q = log_p.exp(), log_q.exp()
         weight[rows_of] = p.norm(dim=-1) + q.norm(dim=-1)
         reach[rows_of] = torch.maximum(x.abs(), y.abs()).amax(-1) * inv_temperature
-        apart = (x - y).abs() * inv_temperature
-        change[rows_of] = apart.amax(-1)
-        common[rows_of] = torch.maximum(*(apart.gather(-1, z.argmax(-1, keepdim=True))[:, 0] for z in (x, y)))
-        parts = (p - q) * ((x * inv_temperature).log_softmax(-1) - (y * inv_temperature).log_softmax(-1))
+        apart = (x - y) * inv_temperature
+        change[rows_of] = apart.abs().amax(-1)
+        top_a, top_b = (z.argmax(-1, keepdim=True) for z in (x, y))
+        of_b, changed = apart.gather(-1, top_b), log_p - log_q
+        offsets = torch.cat((of_b, apart.gather(-1, top_a) - of_b, changed.gather(-1, top_b)), -1)
+        common[rows_of] = offsets.abs().amax(-1)
+        parts = (p - q) * changed
         terms[rows_of] = parts.sum(-1) ** 2 / (parts**2).sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
     alike = (a == b).all(-1) & ~undefined
     return Truth(loss, grad_a, grad_b, undefined, dead, alike, weight, slope, reach, change, common, terms)
