@@ -178,6 +178,19 @@ def nested(rows: Tensor) -> Tensor:
     return torch.stack(functional.dropout(together, 0.3).unbind())
 
 
+def without_gradients(rows: Tensor) -> Tensor:
+    with torch.inference_mode():
+        mask = functional.dropout(torch.ones_like(rows), 0.3)
+    return rows * mask
+
+
+def beside_a_fork(rows: Tensor) -> Tensor:
+    """The same state twice, for masks of two shapes."""
+    with torch.random.fork_rng(devices=[]):
+        rows = functional.dropout(rows[0], 0.3) + rows
+    return functional.dropout(rows, 0.3)
+
+
 def functions() -> dict[str, tuple]:
     rows, attention = (torch.arange(120.0).sin().view(shape) for shape in ((4, 5, 6), (1, 3, 5, 8)))
     few = attention[:, :1]
@@ -194,7 +207,13 @@ def functions() -> dict[str, tuple]:
         "in place": (lambda x: functional.dropout(x.clone(), 0.3, True, True), (rows,)),
         "empty": (functional.dropout, (rows[:0], 0.3)),
         "channels": (functional.dropout1d, (rows, 0.3)),
+        "alpha": (functional.alpha_dropout, (rows, 0.3, True)),
+        "alpha of channels": (functional.feature_alpha_dropout, (rows, 0.3, True)),
+        "gumbel": (functional.gumbel_softmax, (rows,)),
         "nested": (nested, (rows,)),
+        "inference": (without_gradients, (rows,)),
+        "fork": (beside_a_fork, (rows,)),
+        "recurrent": (nn.LSTM(6, 6, 2, dropout=0.3), (rows,)),
         "attention": (functional.scaled_dot_product_attention, (attention, attention, attention, None, 0.3)),
         "causal": (
             functional.scaled_dot_product_attention,
@@ -205,6 +224,7 @@ def functions() -> dict[str, tuple]:
             {"query": attention, "key": few, "value": few, "dropout_p": 0.3, "enable_gqa": True},
         ),
         "no dropout": (functional.scaled_dot_product_attention, (attention, attention, attention)),
+        "layer": (nn.TransformerEncoderLayer(8, 2, 16, 0.3), (attention[0],)),
         "module": (nn.MultiheadAttention(8, 2, 0.3), (attention[0], attention[0], attention[0])),
     }
 
