@@ -97,6 +97,23 @@ def test_a_step_is_the_one_whose_masks_are_drawn_again_and_draws_once(family, ta
     assert drawn > 2 * standard.elements or "ascent_depth" in changes
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_layers_of_torch_draw_once_too(fraction):
+    """Their attention has its dropout inside one function of torch."""
+    model, batch = tiny_models.bert(0.2).double(), tiny_models.classification_batch(8)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, 0.2, batch_first=True, norm_first=True).double()
+    model.bert.encoder.register_forward_hook(
+        lambda module, args, output: type(output)(last_hidden_state=layer(output.last_hidden_state))
+    )
+    with Draws() as standard:
+        model(**batch)
+    objective = AdversarialObjective(model, FRACTION.replace(adversarial_fraction=fraction))
+    found, drawn = one_step_and_draws(objective, batch)
+    assert found["divergence"] < 1e-20
+    assert drawn == standard.elements
+    assert objective._runner.selects_masks
+
+
 @pytest.mark.parametrize("name", LABELLED)
 def test_methods_without_a_clean_pass_draw_as_ever(name, monkeypatch):
     model, batch = tiny_models.bert(0.2), tiny_models.classification_batch()

@@ -7,12 +7,14 @@ that draw left it. So whatever else draws, as layers that are skipped at random,
 does not know draws as ever.
 
 The clean pass's graph holds the masks too, so what is kept is held no longer than that. Of a segment that a backward
-runs again, the graph holds none, and none is kept. They are looked for in ``torch.nn.functional.dropout`` and
-``scaled_dot_product_attention``; dropout of other functions, or in compiled ones, is drawn again.
+runs again, the graph holds none, and none is kept. They are looked for in ``torch.nn.functional.dropout``,
+``scaled_dot_product_attention`` and ``multi_head_attention_forward``; dropout of other functions, or in compiled ones,
+is drawn again.
 
 Passes over some samples of a batch take those samples' rows of the masks of the whole batch. What else a model draws
-may be something for each sample, of which these would not get the same in a smaller batch: whatever the clean pass
-draws besides masks and single numbers, and whatever a later pass does, raises :class:`DrawsDifferError`.
+may be something for each sample, of which these would not get the same in a smaller batch. So
+:class:`DrawsDifferError` is raised where the clean pass draws more than masks and single numbers, and where a later one
+draws anything else than the clean one did.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alum_kernels.adversarial.model_state import device_of, recomputes_segments
 
 DROPOUT, ATTENTION = nn.functional.dropout, nn.functional.scaled_dot_product_attention
+ATTENTION_MODULE = nn.functional.multi_head_attention_forward
 BERNOULLI = torch.ops.aten.bernoulli_.float
 
 FEWEST_TOKENS = 256
@@ -114,7 +117,7 @@ class KeptMasks(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         if func is torch.rand:
             return self._rand(*args, **kwargs)
-        if func is ATTENTION and (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0:
+        if _has_dropout_inside(func, args, kwargs):
             # made anew: one that is held would hold this one, and the masks until cycles are collected
             with _InAttention(self._draw_in_place):
                 return func(*args, **kwargs)
@@ -209,6 +212,12 @@ class _InAttention(TorchDispatchMode):
         if func is BERNOULLI and len(args) == 2 and not kwargs and _is_plain(args[0]):
             return self._draw(*args)
         return func(*args, **(kwargs or {}))
+
+
+def _has_dropout_inside(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    if func is ATTENTION:
+        return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
+    return func is ATTENTION_MODULE and kwargs.get("training", True)
 
 
 def _tokens(inputs: Mapping[str, Any]) -> int:
