@@ -7,7 +7,6 @@ import pytest
 import tiny_models
 import torch
 from test_method_invariants import LABELLED
-from test_sub_batch import CASES, SAMPLES, batch_of, by_content, choice_of, choices_of, config_of, mean_over_choices
 from tiny_models import Gradients
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,11 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.adversarial import dropout_masks, run
-from alum_kernels.adversarial.dropout_masks import DrawsDifferError, KeptMasks, can_keep_masks
+from alum_kernels.adversarial.dropout_masks import KeptMasks, can_keep_masks
 
 MOVED = AdversarialConfig.alum_finetuning(normalize="linf", std=0.02, step_size=0.05, epsilon=0.1)
 FRACTION = MOVED.replace(adversarial_fraction=0.25, std=0.0, step_size=0.0)
-__all__ = ["by_content"]
 
 
 class Draws(TorchDispatchMode):
@@ -41,22 +39,30 @@ def small_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_step(objective: AdversarialObjective, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Figures, gradient, state of the generator and elements drawn, of a step of some seed."""
+    """Figures, gradient and state of the generator, of a step of some seed."""
     objective.model.zero_grad()
     if objective.config.proximal > 0:
         objective.follow(torch.optim.SGD(objective.model.parameters(), lr=0.0))
     torch.manual_seed(5)
+    figures = objective.backward(batch, seed=torch.tensor([3]))
+    return {**figures, "grads": Gradients.of(objective.model).flat(), "state": torch.get_rng_state()}
+
+
+def one_step_and_draws(objective: AdversarialObjective, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """The same, and elements drawn."""
     with Draws() as draws:
-        figures = objective.backward(batch, seed=torch.tensor([3]))
-    state = torch.get_rng_state()
-    return {**figures, "grads": Gradients.of(objective.model).flat(), "state": state, "drawn": draws.elements}
+        return one_step(objective, batch), draws.elements
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """To the bit."""
+    assert wanted["divergence"] > 0
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
 
 
 def drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "can_keep_masks", lambda *_: False)
-
-
-# the whole batch
 
 
 @pytest.mark.parametrize(
@@ -75,17 +81,31 @@ def drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_is_the_one_whose_masks_are_drawn_again_and_draws_once(family, task, changes, monkeypatch):
     model, batch = tiny_models.make(family, task, 0.2), tiny_models.batch(task)
     config = MOVED.replace(**changes)
-    kept = one_step(AdversarialObjective(model, config), batch)
+    kept, drawn_once = one_step_and_draws(AdversarialObjective(model, config), batch)
     drawn_again(monkeypatch)
-    again = one_step(AdversarialObjective(model, config), batch)
+    again, drawn = one_step_and_draws(AdversarialObjective(model, config), batch)
     with Draws() as standard:
         model(**batch)
-    drawn = kept.pop("drawn"), again.pop("drawn")
-    assert again["divergence"] > 0
-    for name, value in again.items():
-        assert torch.equal(kept[name], value), name
-    assert drawn[0] == standard.elements
-    assert drawn[1] > 2 * standard.elements or "ascent_depth" in changes
+    assert_same(kept, again)
+    assert drawn_once == standard.elements
+    assert drawn > 2 * standard.elements or "ascent_depth" in changes
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_layers_of_torch_draw_once_too(fraction):
+    """Their attention has its dropout inside one function of torch."""
+    model, batch = tiny_models.bert(0.2).double(), tiny_models.classification_batch(8)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, 0.2, batch_first=True, norm_first=True).double()
+    model.bert.encoder.register_forward_hook(
+        lambda module, args, output: type(output)(last_hidden_state=layer(output.last_hidden_state))
+    )
+    with Draws() as standard:
+        model(**batch)
+    objective = AdversarialObjective(model, FRACTION.replace(adversarial_fraction=fraction))
+    found, drawn = one_step_and_draws(objective, batch)
+    assert found["divergence"] < 1e-20
+    assert drawn == standard.elements
+    assert objective._runner.selects_masks
 
 
 @pytest.mark.parametrize("name", LABELLED)
@@ -112,7 +132,7 @@ def test_an_ascent_in_another_precision_has_the_same_masks():
     with Draws() as standard:
         model(**batch)
     objective = AdversarialObjective(model, MOVED.replace(ascent_dtype="bfloat16", signal_check_interval=1))
-    assert one_step(objective, batch)["drawn"] == standard.elements
+    assert one_step_and_draws(objective, batch)[1] == standard.elements
     assert objective.telemetry.read()["ascent_cosine"] > 0.98
 
 
@@ -153,7 +173,7 @@ def test_masks_are_kept_where_that_is_faster_and_takes_no_memory(monkeypatch):
     with Draws() as standard:
         tiny_models.bert(0.2)(**batch)
     low = AdversarialObjective(tiny_models.bert(0.2), MOVED.replace(memory="low"))
-    assert one_step(low, batch)["drawn"] == 4 * standard.elements
+    assert one_step_and_draws(low, batch)[1] == 4 * standard.elements
     monkeypatch.setattr(dropout_masks, "FEWEST_TOKENS", batch["input_ids"].numel())
     assert can_keep_masks(tiny_models.bert(0.2), batch)
     embeds = {"inputs_embeds": torch.zeros(*batch["input_ids"].shape, 8)}
@@ -161,6 +181,25 @@ def test_masks_are_kept_where_that_is_faster_and_takes_no_memory(monkeypatch):
     monkeypatch.setattr(dropout_masks, "FEWEST_TOKENS", batch["input_ids"].numel() + 1)
     for inputs in (batch, embeds, {}):
         assert not can_keep_masks(tiny_models.bert(0.2), inputs)
+
+
+def nested(rows: Tensor) -> Tensor:
+    """Dropout of sequences that are one tensor without padding."""
+    together = torch.nested.as_nested_tensor(list(rows.unbind()), layout=torch.strided)
+    return torch.stack(functional.dropout(together, 0.3).unbind())
+
+
+def without_gradients(rows: Tensor) -> Tensor:
+    with torch.inference_mode():
+        mask = functional.dropout(torch.ones_like(rows), 0.3)
+    return rows * mask
+
+
+def beside_a_fork(rows: Tensor) -> Tensor:
+    """The same state twice, for masks of two shapes."""
+    with torch.random.fork_rng(devices=[]):
+        rows = functional.dropout(rows[0], 0.3) + rows
+    return functional.dropout(rows, 0.3)
 
 
 def functions() -> dict[str, tuple]:
@@ -179,6 +218,13 @@ def functions() -> dict[str, tuple]:
         "in place": (lambda x: functional.dropout(x.clone(), 0.3, True, True), (rows,)),
         "empty": (functional.dropout, (rows[:0], 0.3)),
         "channels": (functional.dropout1d, (rows, 0.3)),
+        "alpha": (functional.alpha_dropout, (rows, 0.3, True)),
+        "alpha of channels": (functional.feature_alpha_dropout, (rows, 0.3, True)),
+        "gumbel": (functional.gumbel_softmax, (rows,)),
+        "nested": (nested, (rows,)),
+        "inference": (without_gradients, (rows,)),
+        "fork": (beside_a_fork, (rows,)),
+        "recurrent": (nn.LSTM(6, 6, 2, dropout=0.3), (rows,)),
         "attention": (functional.scaled_dot_product_attention, (attention, attention, attention, None, 0.3)),
         "causal": (
             functional.scaled_dot_product_attention,
@@ -189,6 +235,7 @@ def functions() -> dict[str, tuple]:
             {"query": attention, "key": few, "value": few, "dropout_p": 0.3, "enable_gqa": True},
         ),
         "no dropout": (functional.scaled_dot_product_attention, (attention, attention, attention)),
+        "layer": (nn.TransformerEncoderLayer(8, 2, 16, 0.3), (attention[0],)),
         "module": (nn.MultiheadAttention(8, 2, 0.3), (attention[0], attention[0], attention[0])),
     }
 
@@ -215,6 +262,21 @@ def test_every_function_gives_what_it_gives(name):
         assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_a_mask_of_another_precision_scales_as_in_this_one(dtypes):
+    """1 / 0.7 rounded to bfloat16 is wrong by a thousandth, which a pass in fp32 must not inherit."""
+    first, second = (torch.linspace(-1, 1, 1000, dtype=dtype) for dtype in dtypes)
+    torch.manual_seed(2)
+    expected = functional.dropout(second, 0.3)
+    masks = KeptMasks()
+    for context, x in ((masks.kept, first), (masks.repeated, second)):
+        torch.manual_seed(2)
+        with context():
+            found = functional.dropout(x, 0.3)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
 def test_a_draw_in_another_state_or_of_another_kind_is_a_draw():
     x = torch.ones(2000)
     masks = KeptMasks()
@@ -230,157 +292,3 @@ def test_a_draw_in_another_state_or_of_another_kind_is_a_draw():
     torch.manual_seed(2)
     with masks.repeated():
         assert torch.equal(functional.dropout(x, 0.5), first)
-
-
-# a part of the batch
-
-
-@pytest.mark.parametrize("chosen", [1, 2, 3])
-@pytest.mark.parametrize(("task", "fused"), CASES)
-def test_with_dropout_too_the_mean_over_all_choices_is_the_whole_batch(task, fused, chosen, by_content):
-    """The clean pass draws for the whole batch, whatever is chosen: so each sample has its masks in all of them.
-
-    Multiple choice has a row a choice, not a sample: its clean pass runs in two parts.
-    """
-    if task == "choice":
-        pytest.skip("its masks have other rows than samples")
-    model = tiny_models.make("bert", task, 0.2, torch.float64)
-    batch, config = batch_of(task), config_of(fused)
-
-    def seeded(*_) -> None:
-        torch.manual_seed(5)
-
-    handle = model.register_forward_pre_hook(seeded)  # whose state each pass restores, as it was before the first
-    torch.manual_seed(5)
-    objective = AdversarialObjective(model, config)
-    model.zero_grad()
-    figures = objective.backward(batch)
-    objective.remove_hooks()
-    whole = figures["task_loss"], figures["divergence"], Gradients.of(model).flat()
-    assert whole[1] > 1e-5
-    parts = mean_over_choices(model, batch, config, choices_of(chosen), by_content)
-    handle.remove()
-    for name, found, wanted in zip(("task loss", "divergence", "gradient"), parts, whole, strict=True):
-        assert float((found - wanted).norm() / wanted.norm()) < 1e-10, name
-
-
-class Noisy(nn.Module):
-    """Adds something at random to a hidden state."""
-
-    def __init__(self, draw) -> None:
-        super().__init__()
-        self.draw = draw
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.draw(hidden) if self.training else hidden
-
-
-def time_first(hidden: Tensor) -> Tensor:
-    return functional.dropout(hidden.transpose(0, 1), 0.3).transpose(0, 1)
-
-
-def of_features(hidden: Tensor) -> Tensor:
-    return hidden * functional.dropout(torch.ones(hidden.shape[-1], dtype=hidden.dtype), 0.3)
-
-
-def layer_drop(hidden: Tensor) -> Tensor:
-    return hidden if torch.rand([]) < 0.5 else 0.5 * hidden
-
-
-def last(draw):
-    """A model whose very last draw is this one."""
-
-    def model() -> nn.Module:
-        inner = tiny_models.bert(0.2).double()
-        inner.dropout = nn.Sequential(inner.dropout, Noisy(draw))
-        return inner
-
-    return model
-
-
-OTHERS = {
-    "noise": (lambda x: x + 0.1 * torch.randn_like(x), False),
-    "uniform": (lambda x: x + 0.1 * torch.rand_like(x), False),
-    "in place": (lambda x: functional.dropout(x.clone(), 0.3, True, True), False),
-    "channels": (lambda x: functional.dropout1d(x.unsqueeze(-1), 0.3).squeeze(-1), False),
-    "of features": (of_features, True),
-    "layer drop": (layer_drop, True),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_what_else_a_model_draws_is_repeated_too_if_need_be_in_two_parts(name):
-    """A step that cannot take rows of what was drawn begins again, and the next ones know."""
-    draw, selects = OTHERS[name]
-    model, batch = last(draw)(), tiny_models.classification_batch(8)
-    objective = AdversarialObjective(model, FRACTION)
-    calls = []
-    model.register_forward_hook(lambda module, args, output: calls.append(1))
-    for _ in range(2):
-        torch.manual_seed(5)
-        output = objective(**batch)
-        assert output.divergence < 1e-20  # the same to rounding, if everything was repeated
-        assert objective._runner.selects_masks == selects
-    passes = 3 if selects else 4  # clean, ascent, final; the clean one in two parts
-    assert len(calls) == 2 * passes + (0 if selects else 2)  # the first try: a clean pass and an ascent's
-    state = objective.state_dict()
-    other = AdversarialObjective(last(draw)(), FRACTION)
-    other.load_state_dict(state)
-    assert other._runner.selects_masks == selects
-
-
-def test_masks_with_another_order_of_dimensions_are_drawn_in_two_parts():
-    model, batch = tiny_models.bert(0.2).double(), tiny_models.classification_batch(8)
-    model.bert.embeddings.dropout = Noisy(time_first)
-    objective = AdversarialObjective(model, FRACTION)
-    assert objective(**batch).divergence < 1e-20
-    assert not objective._runner.selects_masks
-
-
-def test_without_dropout_nothing_is_looked_at_and_parts_are_selected():
-    model, batch = tiny_models.bert(0.0).double(), tiny_models.classification_batch(8)
-    objective = AdversarialObjective(model, FRACTION.replace(std=0.05))
-    rows = []
-    model.register_forward_hook(lambda module, args, output: rows.append(len(output.logits)))
-    assert objective(**batch).divergence > 0
-    assert rows == [8, 2, 2]
-
-
-def test_a_still_part_of_a_masked_lm_is_still():
-    model, batch = tiny_models.bert_masked_lm(0.2).double(), tiny_models.masked_lm_batch(8)
-    objective, rows = AdversarialObjective(model, FRACTION), []
-    assert objective(**batch).divergence < 1e-20  # the first step looks for a linear head, by passes of its own
-    model.bert.register_forward_hook(lambda module, args, output: rows.append(len(output.last_hidden_state)))
-    assert objective(**batch).divergence < 1e-20
-    assert objective.linear_head is not None
-    assert rows == [8, 2, 2]
-
-
-def test_a_pass_over_some_samples_says_what_it_cannot_repeat():
-    x = torch.ones(8, 3)
-    masks = KeptMasks(torch.tensor([1, 4]), 8)
-    torch.manual_seed(2)
-    with masks.kept():
-        whole = functional.dropout(x, 0.5)
-    for call, message in (
-        (lambda: functional.dropout(torch.ones(2, 4), 0.5), r"^no mask of shape \(2, 4\) was drawn"),
-        (lambda: functional.dropout(x[:2], 0.25), r"^no mask of shape \(2, 3\) was drawn"),
-        (lambda: torch.rand(2), r"^the generator's state after the pass"),
-    ):
-        torch.manual_seed(2)
-        with pytest.raises(DrawsDifferError, match=message), masks.repeated():
-            call()
-    torch.manual_seed(2)
-    with masks.repeated():
-        assert torch.equal(functional.dropout(x[:2], 0.5), whole[[1, 4]])
-
-
-def test_every_choice_of_a_seed_draws_the_same_clean_pass(by_content):
-    """In two parts, what a sample is given would depend on what is chosen."""
-    model, batch = tiny_models.bert(0.2), tiny_models.classification_batch(SAMPLES)
-    losses = set()
-    for indices in ([0], [3]):
-        by_content.setattr(run, "choose", lambda *_, indices=indices: choice_of(indices))
-        torch.manual_seed(5)
-        losses.add(float(AdversarialObjective(model, FRACTION)(**batch).task_loss.detach()))
-    assert len(losses) == 1

@@ -6,12 +6,15 @@ generator's state: one that begins in a state that the clean pass drew in takes 
 that draw left it. So whatever else draws, as layers that are skipped at random, draws what it would have; what this
 does not know draws as ever.
 
-The clean pass's graph holds the masks too, so what is kept is held no longer than that. They are looked for in
-``torch.nn.functional.dropout`` and ``scaled_dot_product_attention``; dropout of other functions is drawn again.
+The clean pass's graph holds the masks too, so what is kept is held no longer than that. Of a segment that a backward
+runs again, the graph holds none, and none is kept. They are looked for in ``torch.nn.functional.dropout``,
+``scaled_dot_product_attention`` and ``multi_head_attention_forward``; dropout of other functions, or in compiled ones,
+is drawn again.
 
-Passes over some samples of a batch take those samples' rows of the masks of the whole batch. A model that draws
-something for each sample by other means does not give the same to these samples in a smaller batch: the generator's
-state tells, and :class:`DrawsDifferError` is raised.
+Passes over some samples of a batch take those samples' rows of the masks of the whole batch. What else a model draws
+may be something for each sample, of which these would not get the same in a smaller batch. So
+:class:`DrawsDifferError` is raised where the clean pass draws more than masks and single numbers, and where a later one
+draws anything else than the clean one did.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alum_kernels.adversarial.model_state import device_of, recomputes_segments
 
 DROPOUT, ATTENTION = nn.functional.dropout, nn.functional.scaled_dot_product_attention
+ATTENTION_MODULE = nn.functional.multi_head_attention_forward
 BERNOULLI = torch.ops.aten.bernoulli_.float
 
 FEWEST_TOKENS = 256
@@ -33,14 +37,14 @@ FEWEST_TOKENS = 256
 
 
 class DrawsDifferError(RuntimeError):
-    """A pass over some samples cannot repeat what a pass over all of them drew."""
+    """Passes over some samples cannot repeat what a pass over all of them drew."""
 
 
 def can_keep_masks(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """Whether masks are kept in a step of ``model`` on ``inputs``: on a CPU, from a size on, but not
 
-    - of compiled code, which has its own draws;
-    - of a model that recomputes segments, whose graph does not hold their masks.
+    - of compiled modules, which have their own draws;
+    - of a model that recomputes segments.
     """
     if _tokens(inputs) < FEWEST_TOKENS or device_of(model).type != "cpu" or torch.compiler.is_compiling():
         return False
@@ -71,14 +75,24 @@ class KeptMasks(TorchFunctionMode):
         super().__init__()
         self._chosen, self._samples = chosen, samples
         self._masks: dict[bytes, _Mask] = {}
+        self._known_to: bytes | None = None  # the clean pass drew masks and single numbers alone up to this state
         self._end: bytes | None = None  # state of the generator after the clean pass; None before
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Within the context, of the clean pass, masks are kept as they are drawn."""
+        """Within the context, of the clean pass, masks are kept as they are drawn.
+
+        Raises:
+            DrawsDifferError: at the end, where perturbed passes are over some samples and something else was drawn.
+        """
+        self._known_to = _state()
         with self:
             yield
         self._end = _state()
+        # on some CPUs one number seeds the draw of a whole tensor, so the state at the end of a perturbed pass would
+        # not tell that the tensor was smaller there
+        if self._selects and self._known_to != self._end:
+            raise DrawsDifferError("the clean pass drew other things than masks, which may be of samples")
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
@@ -97,9 +111,13 @@ class KeptMasks(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # what is kept at one call would be part of the code of all
+            return func(*args, **kwargs)
         if func is DROPOUT:
             return self._dropout(*args, **kwargs)
-        if func is ATTENTION and (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0:
+        if func is torch.rand:
+            return self._rand(*args, **kwargs)
+        if _has_dropout_inside(func, args, kwargs):
             # made anew: one that is held would hold this one, and the masks until cycles are collected
             with _InAttention(self._draw_in_place):
                 return func(*args, **kwargs)
@@ -118,7 +136,17 @@ class KeptMasks(TorchFunctionMode):
         if noise is None:
             noise = torch.empty_like(input).bernoulli_(keep).div_(keep)
             self._keep(before, noise, keep, scaled=True)
-        return input * noise.to(input.dtype)
+        if noise.dtype != input.dtype:  # whose 1 / keep is rounded otherwise
+            noise = torch.ne(noise, 0).to(input.dtype).div_(keep)
+        return input * noise
+
+    def _rand(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What ``torch.rand`` does; a single number, as of a layer that may be skipped, is no sample's."""
+        before = _state()
+        drawn = torch.rand(*args, **kwargs)
+        if drawn.numel() == 1:
+            self._know(before)
+        return drawn
 
     def _draw_in_place(self, noise: Tensor, keep: float) -> Tensor:
         """What ``noise.bernoulli_(keep)`` does; whoever asked for it scales it in place."""
@@ -131,8 +159,15 @@ class KeptMasks(TorchFunctionMode):
         return noise
 
     def _keep(self, before: bytes, noise: Tensor, keep: float, *, scaled: bool) -> None:
-        if self._end is None:
+        held = torch.is_grad_enabled() and not _is_run_again()
+        if self._end is None and held:
             self._masks[before] = _Mask(noise, keep, scaled, torch.default_generator.get_state())
+            self._know(before)
+
+    def _know(self, before: bytes) -> None:
+        """Take note that what was drawn from this state on is known."""
+        if self._end is None and before == self._known_to:
+            self._known_to = _state()
 
     def _taken(self, before: bytes, shape: torch.Size, keep: float, *, scaled: bool) -> Tensor | None:
         """The mask that was drawn in this state, where one of this kind was; the draw is then done."""
@@ -140,7 +175,7 @@ class KeptMasks(TorchFunctionMode):
         noise = None
         if mask is not None and (mask.keep_probability, mask.scaled) == (keep, scaled):
             noise = self._of_shape(mask.noise, shape)
-        if noise is None and self._selects:
+        if self._selects and (noise is None or _is_run_again()):  # a backward would draw, and other masks than rows
             raise DrawsDifferError(f"no mask of shape {tuple(shape)} was drawn in this state of the generator")
         if noise is None:
             return None
@@ -179,6 +214,12 @@ class _InAttention(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _has_dropout_inside(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    if func is ATTENTION:
+        return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
+    return func is ATTENTION_MODULE and kwargs.get("training", True)
+
+
 def _tokens(inputs: Mapping[str, Any]) -> int:
     ids, embeds = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
     if isinstance(ids, Tensor):
@@ -191,5 +232,15 @@ def _state() -> bytes:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it draws from the CPU's generator, by itself."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+    """Whether it draws from the CPU's generator, by itself: not for those that stand for several, of ``vmap``, say."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and not tensor.is_nested
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _is_run_again() -> bool:
+    """Whether what a backward needs is not held as it is, as in a checkpointed segment, which is run again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -249,7 +249,7 @@ class StepRunner:
         config, delta = self._config, draw.delta
         state = random(device_of(self._inner)) if config.dropout == "shared" else None
         keeps = state is not None and self._keeps_masks(model, whole)
-        selects = keeps and self._selects_masks(model)
+        selects = keeps and self._may_select_masks(model)
         sub_batch = None
         if config.adversarial_fraction < 1:
             sub_batch = self._sub_batch(whole, make_part, draw, options, selects=selects)
@@ -334,7 +334,7 @@ class StepRunner:
         """Whether perturbed passes take the masks that the clean pass drew, which its graph holds as well."""
         return self._config.memory == "high" and torch.is_grad_enabled() and can_keep_masks(model, whole.inputs)
 
-    def _selects_masks(self, model: nn.Module) -> bool:
+    def _may_select_masks(self, model: nn.Module) -> bool:
         """Whether those of some samples are looked for in those of the batch.
 
         Not where a step that is begun again would make other passes than those of other ranks.
