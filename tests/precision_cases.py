@@ -31,7 +31,6 @@ CASES = {
     "low memory": Case("masked_lm", FAR.replace(memory="low", **LOGITS), UNEVEN),
     "freelb": Case("classification", ON_THE_WAY, UNEVEN),
 }
-SHARDED = [name for name in CASES if name != "masked_lm"]  # which goes through its logits there
 BATCH = tiny_models.classification_batch(rank_cases.SAMPLES)
 
 
@@ -156,7 +155,7 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
             training.step(case, rank, ranks)
             found["parallel"][name, precision] = training.gradient()
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for name in SHARDED:
+        for name in CASES:
             training = Training(
                 sharded(CASES[name].model().float(), mesh, mp_policy=policy), precision, by_autocast=False
             )

@@ -5,28 +5,41 @@ import sharded_head_cases
 import torch
 from processes import run_ranks
 from rank_cases import gradients
-from sharded_head_cases import ACCUMULATED, CASES, EVERY_LAYOUT, HALF, accumulated_alone
+from sharded_head_cases import ACCUMULATED, CASES, EVERY_LAYOUT, FEW, HALF, accumulated_alone
 from test_fully_sharded import compare_half
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_sharded_heads_have_the_gradient_of_one_process(ranks, tmp_path):
+def test_sharded_heads_have_the_gradient_of_one_process(tmp_path):
     """Whatever unit has the weight, tied or not, kept or freed after a forward; every case demands the fused head."""
+    run_ranks(2, sharded_head_cases.__file__, str(tmp_path), FEW_CASES="1")
+    found = torch.load(tmp_path / "gradients-2.pt")
+    assert set(found["cases"]) == set(FEW)
+    compare_cases(found["cases"])
+    compare_choices(found["chosen"], 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sharded_heads_have_it_in_every_method_and_precision(ranks, tmp_path):
     run_ranks(ranks, sharded_head_cases.__file__, str(tmp_path))
     found = torch.load(tmp_path / f"gradients-{ranks}.pt")
-    for name, case in CASES.items():
-        expected, loss = gradients(case, case.model())
-        ways = found["cases"][name]
-        assert len(ways) >= (6 if name in EVERY_LAYOUT else 1)
-        for way, (own, own_loss) in ways.items():
-            assert float(own_loss) == pytest.approx(float(loss), rel=1e-8, abs=1e-12), (name, way)
-            assert_equal(own, expected, f"{name}, {way}")
+    assert set(found["cases"]) == set(CASES)
+    compare_cases(found["cases"])
     for name, case in ACCUMULATED.items():
         assert_equal(found["accumulated"][name], accumulated_alone(case, ranks), f"accumulated {name}")
     for kind in ("as it is", "freed"):
         compare_half({name: own for (name, way), own in found["half"].items() if way == kind}, HALF)
     compare_choices(found["chosen"], ranks)
     assert_few_gathers(found["gathers"])
+
+
+def compare_cases(found: dict[str, dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]]) -> None:
+    for name, ways in found.items():
+        expected, loss = gradients(CASES[name], CASES[name].model())
+        assert len(ways) >= (6 if name in EVERY_LAYOUT else 1)
+        for way, (own, own_loss) in ways.items():
+            assert float(own_loss) == pytest.approx(float(loss), rel=1e-8, abs=1e-12), (name, way)
+            assert_equal(own, expected, f"{name}, {way}")
 
 
 def assert_equal(own: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], where: str) -> None:
