@@ -53,6 +53,7 @@ def check_parallelism(model: nn.Module, config: AdversarialConfig, ranks: int | 
     averaged = None
     if isinstance(model, nn.parallel.DistributedDataParallel):
         averaged = model.process_group.size()
+        _refuse_split_replicas(model)
     elif is_fully_sharded(model):
         averaged = _shards(model)
         reason = _obstacle_of_sharding(config)
@@ -79,6 +80,17 @@ def _refuse_other_kinds(model: nn.Module) -> None:
         raise ValueError(
             f"model: expected DistributedDataParallel or fully_shard, got DeepSpeed's {type(model).__name__}, whose "
             "partitioned parameters and gradients were never tested with several forwards before a backward"
+        )
+
+
+def _refuse_split_replicas(model: nn.Module) -> None:
+    """``DistributedDataParallel(device_mesh=...)`` makes DTensors of plain parameters within its own forward only."""
+    name = next((name for name, parameter in model.named_parameters() if hasattr(parameter, "_st_info")), None)
+    if name is not None:
+        raise ValueError(
+            f"model: expected DistributedDataParallel of whole parameters, got {name}, a part of a DTensor of tensor "
+            "parallelism, which passes around DistributedDataParallel would take for the whole; split projections are "
+            "trained without it"
         )
 
 
@@ -116,14 +128,21 @@ def _shards(model: nn.Module) -> int:
     Raises:
         ValueError: parameters are split in another way as well.
     """
+    held = set()
     for unit in _units(model):
         unit.reshard()  # a forward of the caller's may have left them gathered
+        held |= {id(parameter) for parameter in unit.parameters()}
     meshes = []
     for name, parameter in _split_parameters(model):
         replicas = [placement.is_replicate() for placement in parameter.placements]
         if replicas not in ([False], [True, False]):  # shards, or replicas of shards
             raise ValueError(
                 f"model: expected fully_shard alone, got {name} with placements {parameter.placements}, as of tensor "
+                "parallelism, which was never tested"
+            )
+        if id(parameter) not in held:
+            raise ValueError(
+                f"model: expected fully_shard alone, got {name}, a DTensor that no unit of it holds, as of tensor "
                 "parallelism, which was never tested"
             )
         meshes.append(parameter.device_mesh)
