@@ -24,8 +24,8 @@ from alum_kernels.adversarial.gathering_units import GatheringUnits, Result
 from alum_kernels.adversarial.parallelism import class_as_written, is_fully_sharded
 from alum_kernels.adversarial.split_projection import SplitProjection
 from alum_kernels.backends.soft_cap import finished_logits
+from alum_kernels.ops.checks import is_dtensor
 from alum_kernels.ops.linear_cross_entropy import linear_cross_entropy
-from alum_kernels.ops.split_head import is_dtensor
 
 PROBED_CLASSES = 8
 """Classes whose logits the model still forms, on every rank."""

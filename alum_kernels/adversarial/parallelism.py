@@ -15,7 +15,7 @@ from torch import nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.model_state import original, unwrap
-from alum_kernels.ops.split_head import is_dtensor
+from alum_kernels.ops.checks import is_dtensor
 
 GATHERED_IN_FORWARDS = "fully_shard gathers the weight of its output projection in forward passes only"
 """Why a caller's own loss cannot use the projection of a model that is fully sharded."""
