@@ -2,13 +2,14 @@
 
     torchrun --nproc-per-node 2 -m examples.distributed_loop
 
-Runs on CPUs with gloo, on GPUs with NCCL. However many processes there are, the losses are the same.
+Runs on CPUs with gloo, on GPUs with NCCL. However many processes there are, the losses are the same; also where some
+have no sample, and where one meets a number that is not finite: then all of them leave that step out.
 """
 
 import torch
 from torch import Tensor, distributed, nn
 
-from alum_kernels import AdversarialConfig, AdversarialObjective
+from alum_kernels import AdversarialConfig, AdversarialObjective, FiniteGuard
 
 VOCABULARY, LENGTH, SAMPLES, STEPS = 100, 12, 30, 40
 CONFIG = AdversarialConfig.alum_finetuning(modules=("embed",), normalize="linf", std=0.1, step_size=0.1, epsilon=0.1)
@@ -43,11 +44,13 @@ def main() -> None:
         loss=lambda logits, batch: nn.functional.cross_entropy(logits, batch["labels"]),
         process_group=distributed.group.WORLD,  # labels are counted over all ranks
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    optimizer, guard = torch.optim.Adam(model.parameters(), lr=0.03), FiniteGuard()
     for step in range(STEPS):
         own = torch.arange(SAMPLES).tensor_split(ranks)[rank]  # consecutive places of the global batch
         batch = {name: value[own].to(device) for name, value in global_batch(step).items()}
-        figures = adversarial.backward(batch, sample_offset=int(own[0]))  # where the noise of this share begins
+        begin = int(own[0]) if len(own) else SAMPLES
+        figures = adversarial.backward(batch, sample_offset=begin)  # where the noise of this share begins
+        guard.allows(model)  # takes away gradients that are not finite, from the optimizers of all ranks
         optimizer.step(), optimizer.zero_grad()
         distributed.all_reduce(figures["loss"])
         if rank == 0 and step % 10 == 9:

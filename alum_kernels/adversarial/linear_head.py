@@ -102,8 +102,6 @@ class LinearHead:
     def _mismatch(self, captured: Captured, logits: Any) -> str | None:
         if len(captured.hidden) != 1:
             return f"its output projection ran {len(captured.hidden)} times in a forward pass"
-        if self.units is not None and is_dtensor(self.projection.weight):
-            return "no unit of fully_shard gathers its output projection"
         with torch.no_grad(), self.autocast(captured):
             expected = finished_logits(self._few_products(captured.hidden[0]), self.logit_scale, self.soft_cap)
         if not isinstance(logits, Tensor) or logits.shape != expected.shape:
