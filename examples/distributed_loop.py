@@ -6,6 +6,8 @@ Runs on CPUs with gloo, on GPUs with NCCL. However many processes there are, the
 have no sample, and where one meets a number that is not finite: then all of them leave that step out.
 """
 
+import gc
+
 import torch
 from torch import Tensor, distributed, nn
 
@@ -30,10 +32,7 @@ def global_batch(step: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ((ids < VOCABULARY // 2).float().mean(1) > 0.5).long()}
 
 
-def main() -> None:
-    gpu = torch.cuda.is_available()
-    distributed.init_process_group("nccl" if gpu else "gloo")
-    device = torch.device("cuda", distributed.get_node_local_rank()) if gpu else torch.device("cpu")
+def train(device: torch.device) -> None:
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(Classifier().to(device))
@@ -55,7 +54,13 @@ def main() -> None:
         distributed.all_reduce(figures["loss"])
         if rank == 0 and step % 10 == 9:
             print(f"step {step + 1}, loss {float(figures['loss']) / ranks:.4f}", flush=True)
-    distributed.barrier()  # gloo's threads are done with the last sums before Python ends
+
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    distributed.init_process_group("nccl" if gpu else "gloo")
+    train(torch.device("cuda", distributed.get_node_local_rank()) if gpu else torch.device("cpu"))
+    gc.collect()  # the model holds the group, whose threads end with it only if nothing does
     distributed.destroy_process_group()
 
 
