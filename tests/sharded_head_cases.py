@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from alum_kernels import AdversarialObjective
+from alum_kernels import AdversarialObjective, linear_symmetric_kl
 
 FUSED = MOVED.replace(fused_head=True)
 ROUND = FUSED.replace(std=0.1, step_size=0.2, epsilon=0.2)
@@ -125,6 +125,7 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
             for way, of_model in layouts(name, mesh, ranks).items()
         }
     found["chosen"] = chosen(mesh, rank, ranks)
+    found["taken for a split head"] = taken_for_a_split_head(mesh, rank)
     if few:
         return found
     found["half"] = {
@@ -157,6 +158,17 @@ def chosen(mesh: Any, rank: int, ranks: int) -> dict[str, Any]:
         distributed.all_gather_object(told, (objective.linear_head is not None, said))
         found[name] = told
     return found
+
+
+def taken_for_a_split_head(mesh: Any, rank: int) -> str:
+    """What ``linear_symmetric_kl`` says to a weight that ``fully_shard`` splits, with hidden states of each rank's."""
+    weight = split(CASES["untied"].model(), mesh).lm_head.weight
+    hidden = torch.full((2, weight.shape[1]), float(rank), dtype=weight.dtype)
+    try:
+        linear_symmetric_kl(hidden + 1, hidden, weight)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def count_gathers(mesh: Any, rank: int, ranks: int) -> dict[str, dict[str, tuple[int, int]]]:

@@ -132,6 +132,36 @@ def test_a_model_that_is_split_after_it_was_wrapped_has_the_same_gradient(mesh):
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_parameters_that_a_forward_of_the_callers_left_gathered(fused, mesh):
+    """They are DTensors again before the objective looks at them."""
+    batch, results = tiny_models.masked_lm_batch(), []
+    for forward in (False, True):
+        model = sharded(tiny_models.bert_masked_lm(), mesh, reshard_after_forward=False)
+        if forward:
+            with torch.no_grad():
+                model(**batch)
+        objective = AdversarialObjective(model, MOVED.replace(fused_head=fused))
+        objective.backward(batch, seed=torch.tensor([3]))
+        results.append(torch.cat([rank_cases.whole(p.grad).flatten() for p in model.parameters()]))
+    assert results[0].norm() > 1e-3
+    assert torch.equal(*results)
+
+
+def test_a_loss_of_the_callers_does_not_use_a_sharded_head(mesh):
+    """Which is not gathered where that loss would take it."""
+    batch = tiny_models.masked_lm_batch()
+    objective = AdversarialObjective(sharded(tiny_models.bert_masked_lm(), mesh), MOVED)
+
+    def run_task(model, batch):
+        outputs = model(**batch)
+        return outputs.loss, outputs
+
+    with pytest.warns(UserWarning, match="its logits: its task loss is the caller's, and fully_shard gathers the weig"):
+        objective.forward(batch, run_task=run_task, loss_without_logits=True)
+    assert objective.linear_head is None
+
+
 def test_steps_of_sharded_models_and_of_groups_are_not_captured(mesh):
     for objective in (
         AdversarialObjective(sharded(tiny_models.bert(), mesh), MOVED),
@@ -160,6 +190,12 @@ def test_the_trainer_refuses_what_it_was_never_tested_with(mesh, tmp_path, monke
 def test_other_splits_are_refused_by_name(mesh):
     with pytest.raises(ValueError, match=r"^model: .* got FullyShardedDataParallel \(FSDP1\), whose flat"):
         AdversarialObjective(FullyShardedDataParallel(tiny_models.bert(), device_id=torch.device("cpu")), MOVED)
+    meshes = init_device_mesh("cpu", (1, 1), mesh_dim_names=("one", "other"))
+    model = tiny_models.bert()
+    fully_shard(model.bert.encoder.layer[0], mesh=meshes["one"])
+    fully_shard(model, mesh=meshes["other"])
+    with pytest.raises(ValueError, match=r"^model: expected fully_shard over one mesh, got .* beside .*"):
+        AdversarialObjective(model, MOVED)
     model = tiny_models.bert()
     parallelize_module(model.bert.encoder.layer[0].intermediate, mesh, {"dense": ColwiseParallel()})
     assert not is_fully_sharded(model)

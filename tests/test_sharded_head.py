@@ -16,6 +16,11 @@ def test_sharded_heads_have_the_gradient_of_one_process(tmp_path):
     assert set(found["cases"]) == set(FEW)
     compare_cases(found["cases"])
     compare_choices(found["chosen"], 2)
+    said = found["taken for a split head"]
+    assert said.startswith(
+        "adv_hidden: expected the same on every rank of the group, got others on ranks [1] than here"
+    )
+    assert said.endswith("a weight that fully_shard splits is no split head, but whole in forwards of its module")
 
 
 @pytest.mark.slow
