@@ -15,7 +15,7 @@ from sharded_cases import LOGITS, sharded
 from tiny_loops import FAR
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 
 from alum_kernels import AdversarialObjective
 from alum_kernels.integrations.mtdnn import SmartPerturbation
@@ -31,7 +31,6 @@ CASES = {
     "low memory": Case("masked_lm", FAR.replace(memory="low", **LOGITS), UNEVEN),
     "freelb": Case("classification", ON_THE_WAY, UNEVEN),
 }
-SHARDED = [name for name in CASES if name != "masked_lm"]  # which goes through its logits there
 BATCH = tiny_models.classification_batch(rank_cases.SAMPLES)
 
 
@@ -89,10 +88,21 @@ def smart_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     def logits_of(embed: Tensor) -> Tensor:
         return model(inputs_embeds=embed, attention_mask=mask).logits
 
-    embed = getattr(model, "module", model).get_input_embeddings()(batch["input_ids"])
+    embed = looked_up(model, batch["input_ids"])
     state = logits_of(embed)
     adversarial = SMARTLoss(logits_of, kl_loss, sym_kl_loss, step_size=0.3, noise_var=0.1, epsilon=1.0)(embed, state)
     return nn.functional.cross_entropy(state, batch["labels"]) + adversarial
+
+
+def looked_up(model: nn.Module, ids: Tensor) -> Tensor:
+    """Embeddings, outside of the model's forward; where it is sharded, in a method that gathers as a forward does."""
+    inner = getattr(model, "module", model)
+    if not isinstance(inner, FSDPModule):
+        return inner.get_input_embeddings()(ids)
+    if not hasattr(inner, "look_up"):
+        inner.look_up = lambda ids: inner.get_input_embeddings()(ids)
+        register_fsdp_forward_method(inner, "look_up")
+    return inner.look_up(ids)
 
 
 def smart_perturbation(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -126,6 +136,16 @@ def drop_in(
     return training.gradient()
 
 
+def exact_drop_in(name: str, model: nn.Module, own: list[int], ranks: int) -> Tensor:
+    """The same in fp64, of a model in fp64."""
+    size = rank_cases.SAMPLES // ranks
+    for rank in own:
+        torch.manual_seed(rank)
+        loss = DROP_INS[name](model, {key: value[rank * size :][:size] for key, value in BATCH.items()})
+        (loss / len(own)).backward()
+    return flat(parameter.grad for parameter in model.parameters())
+
+
 def overflow(model: nn.Module, case: Case, rank: int, ranks: int, *, by_autocast: bool = True) -> dict[str, Any]:
     """What every rank has after a step in which the last one overflows, and after one in which none does."""
     training = Training(model, "fp16", by_autocast=by_autocast)
@@ -149,14 +169,21 @@ def overflow(model: nn.Module, case: Case, rank: int, ranks: int, *, by_autocast
 def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     """Every case in every precision, under ``DistributedDataParallel`` and under ``fully_shard``."""
     parallel, mesh = nn.parallel.DistributedDataParallel, init_device_mesh("cpu", (ranks,))
-    found: dict[str, Any] = {"parallel": {}, "sharded": {}, "drop-in": {}, "sharded drop-in": {}, "overflow": {}}
+    found: dict[str, Any] = {
+        "parallel": {},
+        "sharded": {},
+        "drop-in": {},
+        "sharded drop-in": {},
+        "exact drop-in": {},
+        "overflow": {},
+    }
     for precision, dtype in PRECISIONS.items():
         for name, case in CASES.items():
             training = Training(parallel(case.model().float()), precision)
             training.step(case, rank, ranks)
             found["parallel"][name, precision] = training.gradient()
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for name in SHARDED:
+        for name in CASES:
             training = Training(
                 sharded(CASES[name].model().float(), mesh, mp_policy=policy), precision, by_autocast=False
             )
@@ -165,10 +192,19 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
         for name in DROP_INS:
             model = parallel(tiny_models.bert())
             found["drop-in"][name, precision] = drop_in(name, precision, model, [rank], ranks)
-        model = sharded(tiny_models.bert(), mesh, mp_policy=policy)
-        found["sharded drop-in"]["SmartPerturbation", precision] = drop_in(
-            "SmartPerturbation", precision, model, [rank], ranks, by_autocast=False
-        )
+            model = sharded(tiny_models.bert(), mesh, mp_policy=policy)
+            found["sharded drop-in"][name, precision] = drop_in(
+                name, precision, model, [rank], ranks, by_autocast=False
+            )
+    for name in DROP_INS:
+        ways: dict[str, Callable[[nn.Module], nn.Module]] = {
+            "parallel": parallel,
+            "kept": lambda model: sharded(model, mesh),
+            "freed": lambda model: sharded(model, mesh, reshard_after_forward=True),
+        }
+        for way, spread in ways.items():
+            model = spread(tiny_models.bert().double())
+            found["exact drop-in"][name, way] = exact_drop_in(name, model, [rank], ranks)
     policy = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
     for name in ("classification", "freelb"):
         case = Case("classification", CASES[name].config, EVEN)

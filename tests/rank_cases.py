@@ -39,6 +39,7 @@ class Case:
         options: of ``DistributedDataParallel``.
         unlabelled: samples from this one on have no label.
         recomputes: layers are recomputed in the backward.
+        tied: a causal language model's output projection has the weight of its embeddings.
     """
 
     task: str
@@ -47,6 +48,7 @@ class Case:
     options: dict[str, bool] = field(default_factory=dict)
     unlabelled: int | None = None
     recomputes: bool = False
+    tied: bool = True
 
     def batch(self) -> dict[str, Tensor]:
         """All samples, float64."""
@@ -66,7 +68,8 @@ class Case:
             return tiny_models.BagOfEmbeddings().double()
         if self.task == "pretraining":
             return tiny_models.bert_pretraining().double()
-        model = tiny_models.make("gpt2" if self.task == "causal_lm" else "bert", self.task, dtype=torch.float64)
+        family, options = ("gpt2", {"tie_word_embeddings": self.tied}) if self.task == "causal_lm" else ("bert", {})
+        model = tiny_models.make(family, self.task, dtype=torch.float64, **options)
         if self.recomputes:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model

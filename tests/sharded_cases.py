@@ -1,8 +1,8 @@
 """Steps of models that ``fully_shard`` splits, in several layouts; run as a program it is one rank, like rank_cases."""
 
-import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,6 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
             layout: gradients(case, split(case.model()), rank, ranks, steps=2 if layout == "freed" else 1)
             for layout, split in layouts(case, mesh, ranks).items()
         }
-    found["logits"] = reasons(mesh, rank, ranks)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     found["half"] = {
         name: gradients(case, sharded(case.model().float(), mesh, mp_policy=half), rank, ranks)[0]
@@ -81,21 +80,6 @@ def work(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     }
     found["gathers"] = count_gathers(mesh, rank, ranks)
     return found
-
-
-def reasons(mesh: Any, rank: int, ranks: int) -> list[str]:
-    """Why a language model goes through its logits, as a warning says once."""
-    case = Case("masked_lm")
-    own, _ = case.share(rank, ranks)
-    model, group = sharded(case.model(), mesh), distributed.group.WORLD
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        objective = AdversarialObjective(model, case.config, process_group=group)
-        for _ in range(2):
-            objective.backward(own)
-    assert objective.linear_head is None
-    said = [str(each.message) for each in caught if "is trained through its logits" in str(each.message)]
-    return [message.split("logits: ")[1].split(". Adversarial")[0] for message in said]
 
 
 def count_gathers(mesh: Any, rank: int, ranks: int) -> dict[str, dict[str, tuple[int, int]]]:
@@ -117,24 +101,31 @@ def count_gathers(mesh: Any, rank: int, ranks: int) -> dict[str, dict[str, tuple
             model = sharded(case.model(), mesh, reshard_after_forward=freed)
             objective = AdversarialObjective(model, config, process_group=distributed.group.WORLD)
             own, begin = case.share(rank, ranks)
-            counts: Counter[str] = Counter()
-            before = _fsdp_param_group.foreach_all_gather, _fsdp_param_group.foreach_reduce
-
-            def counted(kind: str, function: Callable[..., Any], counts: Counter[str] = counts) -> Callable[..., Any]:
-                def call(params: list[Any], *rest: Any, **keywords: Any) -> Any:
-                    counts[kind] += ".layer.0." in params[0]._param_fqn
-                    return function(params, *rest, **keywords)
-
-                return call
-
-            _fsdp_param_group.foreach_all_gather = counted("gathers", before[0])
-            _fsdp_param_group.foreach_reduce = counted("reductions", before[1])
-            try:
+            with counted_gathers(".layer.0.") as counts:
                 objective.backward(own, seed=torch.tensor([SEED]), sample_offset=begin)
-            finally:
-                _fsdp_param_group.foreach_all_gather, _fsdp_param_group.foreach_reduce = before
             found[name][layout] = counts["gathers"], counts["reductions"]
     return found
+
+
+@contextmanager
+def counted_gathers(part: str) -> Iterator[Counter[str]]:
+    """Counts ``gathers`` and ``reductions`` of the unit that has a parameter with ``part`` in its name."""
+    counts: Counter[str] = Counter()
+    before = _fsdp_param_group.foreach_all_gather, _fsdp_param_group.foreach_reduce
+
+    def counted(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(params: list[Any], *rest: Any, **keywords: Any) -> Any:
+            counts[kind] += any(part in param._param_fqn for param in params)
+            return function(params, *rest, **keywords)
+
+        return call
+
+    _fsdp_param_group.foreach_all_gather = counted("gathers", before[0])
+    _fsdp_param_group.foreach_reduce = counted("reductions", before[1])
+    try:
+        yield counts
+    finally:
+        _fsdp_param_group.foreach_all_gather, _fsdp_param_group.foreach_reduce = before
 
 
 if __name__ == "__main__":

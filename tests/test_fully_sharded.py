@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from accelerate import Accelerator, DistributedType
 from processes import group_of_one, run_ranks
-from rank_cases import MOVED, gradients
+from rank_cases import MOVED, Case, gradients
 from sharded_cases import ASCENT, CASES, HALF, sharded
 from tiny_trainer import CLASSIFICATION, trainer_of
 from torch.distributed.device_mesh import init_device_mesh
@@ -38,18 +38,17 @@ def test_sharded_ranks_have_the_gradient_of_one_process(ranks, tmp_path):
                 )
             ran += 1
     assert ran > len(CASES)
-    assert found["logits"] == ["fully_shard gathers the weight of its output projection in forward passes only"]
-    compare_half(found["half"])
+    compare_half(found["half"], HALF)
     for name, own in found["ascent"].items():
         expected, _ = gradients(ASCENT[name], ASCENT[name].model().float())
         assert distance(own, expected) < 1e-4, name
     assert_few_gathers(found["gathers"])
 
 
-def compare_half(found: dict[str, dict[str, torch.Tensor]]) -> None:
+def compare_half(found: dict[str, dict[str, torch.Tensor]], cases: dict[str, Case]) -> None:
     """bf16 passes round, but no further from the gradient in float64 than those of an unsharded bf16 model."""
     for name, own in found.items():
-        case = HALF[name]
+        case = cases[name]
         exact, _ = gradients(case, case.model())
         rounded, _ = gradients(case, case.model().bfloat16())
         errors = [distance(grads, exact) for grads in (own, rounded)]
@@ -112,19 +111,6 @@ def test_methods_that_cannot_be_sharded_say_why(why, mesh):
         objective.backward(tiny_models.classification_batch(), samples=samples)
 
 
-def test_a_demanded_linear_head_is_refused(mesh):
-    """Where it is wrapped, or in the first step if it is split after that."""
-    demanded = MOVED.replace(fused_head=True)
-    message = r"^fused_head: .* fully_shard gathers the weight of its output projection"
-    with pytest.raises(ValueError, match=message):
-        AdversarialObjective(sharded(tiny_models.bert_masked_lm(), mesh), demanded)
-    model = tiny_models.bert_masked_lm()
-    objective = AdversarialObjective(model, demanded)
-    sharded(model, mesh)
-    with pytest.raises(ValueError, match=message):
-        objective(**tiny_models.masked_lm_batch())
-
-
 def test_a_step_that_would_make_other_passes_than_other_ranks_is_refused(mesh):
     objective = AdversarialObjective(sharded(tiny_models.bert(), mesh), MOVED.replace(adversarial_fraction=0.9))
     with pytest.raises(ValueError, match=r"^adversarial_fraction: expected a batch of which fewer .*, got 4 samples"):
@@ -144,6 +130,36 @@ def test_a_model_that_is_split_after_it_was_wrapped_has_the_same_gradient(mesh):
         results.append(torch.cat([rank_cases.whole(p.grad).flatten() for p in model.parameters()]))
     assert results[0].norm() > 1e-3
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_parameters_that_a_forward_of_the_callers_left_gathered(fused, mesh):
+    """They are DTensors again before the objective looks at them."""
+    batch, results = tiny_models.masked_lm_batch(), []
+    for forward in (False, True):
+        model = sharded(tiny_models.bert_masked_lm(), mesh, reshard_after_forward=False)
+        if forward:
+            with torch.no_grad():
+                model(**batch)
+        objective = AdversarialObjective(model, MOVED.replace(fused_head=fused))
+        objective.backward(batch, seed=torch.tensor([3]))
+        results.append(torch.cat([rank_cases.whole(p.grad).flatten() for p in model.parameters()]))
+    assert results[0].norm() > 1e-3
+    assert torch.equal(*results)
+
+
+def test_a_loss_of_the_callers_does_not_use_a_sharded_head(mesh):
+    """Which is not gathered where that loss would take it."""
+    batch = tiny_models.masked_lm_batch()
+    objective = AdversarialObjective(sharded(tiny_models.bert_masked_lm(), mesh), MOVED)
+
+    def run_task(model, batch):
+        outputs = model(**batch)
+        return outputs.loss, outputs
+
+    with pytest.warns(UserWarning, match="its logits: its task loss is the caller's, and fully_shard gathers the weig"):
+        objective.forward(batch, run_task=run_task, loss_without_logits=True)
+    assert objective.linear_head is None
 
 
 def test_steps_of_sharded_models_and_of_groups_are_not_captured(mesh):
@@ -174,6 +190,12 @@ def test_the_trainer_refuses_what_it_was_never_tested_with(mesh, tmp_path, monke
 def test_other_splits_are_refused_by_name(mesh):
     with pytest.raises(ValueError, match=r"^model: .* got FullyShardedDataParallel \(FSDP1\), whose flat"):
         AdversarialObjective(FullyShardedDataParallel(tiny_models.bert(), device_id=torch.device("cpu")), MOVED)
+    meshes = init_device_mesh("cpu", (1, 1), mesh_dim_names=("one", "other"))
+    model = tiny_models.bert()
+    fully_shard(model.bert.encoder.layer[0], mesh=meshes["one"])
+    fully_shard(model, mesh=meshes["other"])
+    with pytest.raises(ValueError, match=r"^model: expected fully_shard over one mesh, got .* beside .*"):
+        AdversarialObjective(model, MOVED)
     model = tiny_models.bert()
     parallelize_module(model.bert.encoder.layer[0].intermediate, mesh, {"dense": ColwiseParallel()})
     assert not is_fully_sharded(model)

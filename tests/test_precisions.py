@@ -4,7 +4,7 @@ import precision_cases
 import pytest
 import tiny_models
 import torch
-from precision_cases import CASES, DROP_INS, PRECISIONS, SHARDED, alone, drop_in
+from precision_cases import CASES, DROP_INS, PRECISIONS, alone, drop_in, exact_drop_in
 from processes import run_ranks
 from tiny_loops import APART, FROM_FP32, assert_alike
 
@@ -22,7 +22,6 @@ def far_apart(own: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(torch.cosine_similarity(own, other, 0) < 0.9)
 
 
-@pytest.mark.filterwarnings("ignore:.* is trained through its logits")
 def test_two_processes_have_the_gradient_of_one_in_every_precision(tmp_path):
     """Under autocast in DistributedDataParallel, by a policy in fully_shard, both with a scaler in fp16."""
     run_ranks(RANKS, precision_cases.__file__, str(tmp_path))
@@ -33,12 +32,12 @@ def test_two_processes_have_the_gradient_of_one_in_every_precision(tmp_path):
             own = found["parallel"][name, precision]
             assert_alike([own], [alone(name, precision)], APART[dtype], f"{name}, {precision}")
             assert is_rounded(own, exact[name]) == (dtype is not None), (name, precision)
-        for name in SHARDED:
             # a policy casts parameters where autocast casts operands
             own, limits = found["sharded"][name, precision], APART[None] if dtype is None else FROM_FP32[dtype]
             assert_alike([own], [exact[name]], limits, f"sharded {name}, {precision}")
             assert is_rounded(own, exact[name]) == (dtype is not None), (name, precision)
         compare_drop_ins(found, precision)
+    compare_exact_drop_ins(found["exact drop-in"])
     compare_overflows(found["overflow"])
 
 
@@ -52,11 +51,20 @@ def compare_drop_ins(found: dict, precision: str) -> None:
         exact = drop_in(name, "fp32", tiny_models.bert(), ranks, RANKS)
         assert is_rounded(own, exact) == (dtype is not None), (name, precision)
     limits = APART[None] if dtype is None else FROM_FP32[dtype]
+    assert set(found["sharded drop-in"]) == {(name, kind) for name in DROP_INS for kind in PRECISIONS}
     for (name, kind), own in found["sharded drop-in"].items():
         if kind == precision:
             exact = drop_in(name, "fp32", tiny_models.bert(), ranks, RANKS)
             assert_alike([own], [exact], limits, f"sharded {name}, {precision}")
             assert is_rounded(own, exact) == (dtype is not None), (name, precision)
+
+
+def compare_exact_drop_ins(found: dict) -> None:
+    """In fp64, to its rounding, in DistributedDataParallel and with parameters kept or freed by fully_shard."""
+    assert len(found) == 3 * len(DROP_INS)
+    for (name, way), own in found.items():
+        expected = exact_drop_in(name, tiny_models.bert().double(), list(range(RANKS)), RANKS)
+        torch.testing.assert_close(own, expected, rtol=1e-8, atol=1e-11, msg=lambda m, n=(name, way): f"{n}: {m}")
 
 
 def compare_overflows(found: dict) -> None:

@@ -50,12 +50,29 @@ def test_a_split_projection_is_trained_as_a_whole_one(mesh, style):
     torch.testing.assert_close(weight, want, rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_split_projection_is_not_trained_by_data_parallel_ranks(fused, mesh):
+    """Whether through its logits or not."""
+    config, both = MOVED.replace(fused_head=fused), init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+    model = nn.parallel.DistributedDataParallel(split_model(both["tensor"]), device_mesh=both["data"])
+    with pytest.raises(ValueError, match=r"^model: expected .* got module.lm_head.weight, a part of a DTensor"):
+        AdversarialObjective(model, config)
+    model = split_model(both["tensor"])
+    for layer in model.transformer.h:
+        fully_shard(layer, mesh=both["data"])
+    with pytest.raises(ValueError, match=r"^model: expected fully_shard alone, got lm_head.weight, a DTensor that no"):
+        AdversarialObjective(model, config)
+    model = fully_shard(split_model(both["tensor"]), mesh=both["data"])
+    with pytest.raises(ValueError, match=r"^model: expected fully_shard alone, got lm_head.weight with placements"):
+        AdversarialObjective(model, config)
+
+
 def test_what_is_not_fused_says_why(mesh):
     rowwise = find_linear_head(split_model(mesh, RowwiseParallel()))
     assert rowwise == "its output embeddings hold a DTensor with placements (Shard(dim=1),), not Shard(dim=0)"
     sharded = tiny_models.make("gpt2", "causal_lm", tie_word_embeddings=False)
     fully_shard(sharded, mesh=mesh)
-    assert find_linear_head(sharded).startswith("fully_shard gathers the weight of its output projection in forward")
+    assert find_linear_head(sharded).split is None, "its weight is whole where it is used"
     model = split_model(mesh)
     with pytest.warns(UserWarning, match="its logits: its vocabulary is split .*backend='native' does not"):
         assert AdversarialObjective(model, MOVED.replace(backend="native")).linear_head is None

@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.gathering_units import GatheringUnits
 from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.linear_head import LinearHead, find_linear_head
 from alum_kernels.adversarial.model_state import has_static_graph, original
 from alum_kernels.adversarial.parallelism import GATHERED_IN_FORWARDS
-from alum_kernels.adversarial.passes import one_sample, refusal
+from alum_kernels.adversarial.passes import any_sample, one_sample, refusal
 from alum_kernels.ops.linear_arguments import LINEAR_DIVERGENCES
 
 OTHER_LOSS = "its task loss is the caller's, of the logits"
@@ -39,7 +40,13 @@ class FusedHead:
         self.linear = self._find(config, own_loss)
 
     def of_batch(
-        self, model: nn.Module, batch: Mapping[str, Any], leaves_logits: bool, *, sharded: bool = False
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        leaves_logits: bool,
+        *,
+        own_loss: bool = True,
+        sharded: bool = False,
     ) -> LinearHead | None:
         """The linear head, if this batch can go through it; the first one with a label decides for all.
 
@@ -47,23 +54,37 @@ class FusedHead:
             model: as it is trained.
             batch: arguments of the model, labels included.
             leaves_logits: the task's loss can do without them.
+            own_loss: the task's loss is the model's own.
             sharded: ``fully_shard`` was applied to the model.
         """
         if self.linear is None:
             return None
-        if sharded:
-            self.linear = self._refuse(GATHERED_IN_FORWARDS)
-        elif has_static_graph(model):
+        if sharded and self.linear.units is None:
+            self.linear.units = GatheringUnits(model, self.linear.projection)
+        if has_static_graph(model):
             self.linear = self._refuse(
                 "a static graph of DistributedDataParallel counts on the loss of its own outputs"
             )
         elif not leaves_logits:
             self.linear = self._refuse(OTHER_LOSS)
-        elif not self._verified and (sample := one_sample(self._head, batch)) is not None:
-            reason = refusal(self._model, self._head, sample, self.linear)
+        elif sharded and not own_loss:
+            self.linear = self._refuse(f"its task loss is the caller's, and {GATHERED_IN_FORWARDS}")
+        elif not self._verified:
+            reason, self._verified = self._verify(batch)
             self.linear = self.linear if reason is None else self._refuse(reason)
-            self._verified = True
         return self.linear
+
+    def _verify(self, batch: Mapping[str, Any]) -> tuple[str | None, bool]:
+        """Why the model is not what the head takes it for, None where it is; and whether a label could tell.
+
+        Under ``fully_shard`` ranks without a label make the same passes as the others, and all go by what those find.
+        """
+        units, sample = self.linear.units, one_sample(self._head, batch)
+        if units is None:
+            found = None if sample is None else refusal(self._model, self._head, sample, self.linear)
+            return found, sample is not None
+        found = refusal(self._model, self._head, any_sample(batch) if sample is None else sample, self.linear)
+        return units.first_reason(None if sample is None else found, sample is not None)
 
     def _find(self, config: AdversarialConfig, own_loss: bool) -> LinearHead | None:
         tokens = self._head is not None and self._head.tokens is not None

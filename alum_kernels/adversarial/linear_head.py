@@ -7,10 +7,11 @@ A model is taken for such a one if its output embeddings are one plain ``nn.Line
 behaves so on one sample: the few logits that it returns are what the projection's formula says, logit scale and soft
 cap of the configuration included, and its own loss is the mean cross-entropy of the labels.
 
-The weight may be split over ranks by its classes (``split_projection.py``): each rank then forms a few of its own.
+The weight may be split over ranks by its classes (``split_projection.py``): each rank then forms a few of its own. Or
+``fully_shard`` may keep a part of it on each rank (``gathering_units.py``): it is whole where it is used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alum_kernels.adversarial.parallelism import GATHERED_IN_FORWARDS, is_fully_sharded
+from alum_kernels.adversarial.gathering_units import GatheringUnits, Result
+from alum_kernels.adversarial.parallelism import class_as_written, is_fully_sharded
 from alum_kernels.adversarial.split_projection import SplitProjection
 from alum_kernels.backends.soft_cap import finished_logits
+from alum_kernels.ops.checks import is_dtensor
 from alum_kernels.ops.linear_cross_entropy import linear_cross_entropy
-from alum_kernels.ops.split_head import is_dtensor
 
 PROBED_CLASSES = 8
 """Classes whose logits the model still forms, on every rank."""
@@ -43,14 +45,24 @@ class LinearHead:
     Args:
         projection: the module; its weight (V, H) and bias (V,) are those of the moment, tied or not.
         logit_scale, soft_cap: as in :func:`alum_kernels.linear_symmetric_kl`.
+        sharded: ``fully_shard`` was applied to its model, so that a DTensor weight has no meaning of its own.
 
     Attributes:
         split: how its classes lie on ranks; None where this one has them all.
+        units: of ``fully_shard``, which gather it; None where nothing has to.
     """
 
-    def __init__(self, projection: nn.Linear, logit_scale: float = 1.0, soft_cap: float | None = None) -> None:
+    def __init__(
+        self,
+        projection: nn.Linear,
+        logit_scale: float = 1.0,
+        soft_cap: float | None = None,
+        *,
+        sharded: bool = False,
+    ) -> None:
         self.projection, self.logit_scale, self.soft_cap = projection, logit_scale, soft_cap
-        self.split = SplitProjection(projection) if is_dtensor(projection.weight) else None
+        self.split = SplitProjection(projection) if is_dtensor(projection.weight) and not sharded else None
+        self.units: GatheringUnits | None = None
         self._captured: Captured | None = None
         # one object for every pass: a compiled model would take another one for another model
         self._narrow_forward = self._narrow
@@ -66,6 +78,15 @@ class LinearHead:
             del self.projection.forward  # the class's own is found again
             self._captured = None
 
+    def gathered(self, work: Callable[[], Result], hidden: Sequence[Tensor] = ()) -> Result:
+        """What ``work`` returns, which uses weight and bias: run where they are whole.
+
+        Args:
+            work: gives tensors, or tuples and lists of some.
+            hidden: what the projection was given in a pass that is differentiated.
+        """
+        return work() if self.units is None else self.units.run(work, hidden)
+
     def autocast(self, captured: Captured) -> AbstractContextManager[None]:
         """The autocast under which the projection ran."""
         if captured.autocast is None:
@@ -75,7 +96,7 @@ class LinearHead:
     def mismatch(self, captured: Captured, logits: Any) -> str | None:
         """Why the logits that a model returned are not those of this formula, or None if they are. The host waits."""
         if self.split is None:
-            return self._mismatch(captured, logits)
+            return self.gathered(lambda: self._mismatch(captured, logits))
         return self.split.first_reason(self._mismatch(captured, self.split.own_logits(logits, PROBED_CLASSES)))
 
     def _mismatch(self, captured: Captured, logits: Any) -> str | None:
@@ -90,7 +111,7 @@ class LinearHead:
         return None
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Sum over rows (N, H) of the cross-entropy of their labels (N,)."""
+        """Sum over rows (N, H) of the cross-entropy of their labels (N,); where the weight is gathered."""
         return linear_cross_entropy(
             hidden,
             self.projection.weight,
@@ -104,6 +125,8 @@ class LinearHead:
         device, captured = hidden.device.type, self._captured
         parallel = is_dtensor(hidden)
         hidden = hidden.to_local() if parallel else hidden  # replicated, as the hook before this makes it
+        if self.units is not None and hidden._is_view():
+            hidden = hidden.clone()  # a hook on a view is lost when its base changes in place
         captured.hidden.append(hidden)
         captured.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         few = self._few_products(hidden)
@@ -135,9 +158,10 @@ def find_linear_head(model: nn.Module) -> LinearHead | str:
     projection = getter() if callable(getter) else None
     if projection is None:
         return "it has no output embeddings"
-    if type(projection) is not nn.Linear or "forward" in vars(projection):
+    kind = class_as_written(projection)
+    if kind is not nn.Linear or "forward" in vars(projection):
         replaced = " whose forward is replaced" if "forward" in vars(projection) else ""
-        return f"its output embeddings are a {type(projection).__module__}.{type(projection).__name__}{replaced}"
+        return f"its output embeddings are a {kind.__module__}.{kind.__name__}{replaced}"
     if not projection.weight.is_floating_point():
         return f"its output embeddings hold {projection.weight.dtype} weights"
     if getattr(model, "final_logits_bias", None) is not None:
@@ -147,12 +171,10 @@ def find_linear_head(model: nn.Module) -> LinearHead | str:
     vocabulary = getattr(text, "vocab_size", projection.out_features)
     if projection.out_features < vocabulary or projection.out_features < PROBED_CLASSES:
         return f"its output embeddings have {projection.out_features} rows, not a vocabulary's"
-    if is_fully_sharded(model):
-        return GATHERED_IN_FORWARDS
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
     cap = getattr(text, "final_logit_softcapping", None)
     try:
-        head = LinearHead(projection, scale, None if cap is None else float(cap))
+        head = LinearHead(projection, scale, None if cap is None else float(cap), sharded=is_fully_sharded(model))
     except ValueError:
         return f"its output embeddings hold a DTensor with placements {projection.weight.placements}, not Shard(dim=0)"
     obstacle = None if head.split is None else head.split.obstacle(PROBED_CLASSES)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from alum_kernels.adversarial.ascent import ascend_divergence
 from alum_kernels.adversarial.at_the_end import report_divergence, weighted
 from alum_kernels.adversarial.passes import TaskPass
-from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE, Prediction, mean_divergences
+from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE, Prediction, mean_divergences, where_gathered
 from alum_kernels.adversarial.row_losses import widened
 from alum_kernels.adversarial.step import Replace, Step, StepResult
 
@@ -58,6 +58,24 @@ def _train_adversarial_pass(
     """Adversarial pass and its backward; the divergence, and the gradients of its share of the loss to b."""
     adv = step.predict(step.inner, perturb)
     fixed, clean = ([_leaf(part) for part in side] for side in (adv, before.predictions))
+    means, divergence, share, of_clean = where_gathered(adv, partial(_differentiated, step, adv, fixed, clean, before))
+    report_divergence(step, start, fixed, clean, means, divergence)
+    del adv, fixed, clean, means  # the backward frees what it is done with
+    if share is not None:
+        backward(share)
+    return divergence, of_clean
+
+
+def _differentiated(
+    step: Step, adv: list[Prediction], fixed: list[Prediction], clean: list[Prediction], before: TaskPass
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None]]:
+    """Mean divergences, the step's divergence, what carries its gradients to a and the head, and those to b.
+
+    Args:
+        adv: a, in the graph of its pass.
+        fixed, clean: a and b as beginnings of a graph.
+        before: the clean pass.
+    """
     weights = _head_parameters(adv)
     with torch.enable_grad():
         means = mean_divergences(fixed, clean, step.config)
@@ -70,13 +88,8 @@ def _train_adversarial_pass(
     )
     gradients = [None if grad is None else widened(grad) / scale for grad in found]
     heads = len(fixed)
-    report_divergence(step, start, fixed, clean, means, divergence)
     share = _carrier([part.values for part in adv] + weights, gradients[:heads] + gradients[2 * heads :])
-    of_clean = gradients[heads : 2 * heads]
-    del adv, fixed, clean, means, found, gradients  # the backward frees what it is done with
-    if share is not None:
-        backward(share)
-    return divergence.detach(), of_clean
+    return means.detach(), divergence.detach(), share, gradients[heads : 2 * heads]
 
 
 def _leaf(part: Prediction) -> Prediction:

@@ -15,16 +15,26 @@ from torch import nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.model_state import original, unwrap
-from alum_kernels.ops.split_head import is_dtensor
+from alum_kernels.ops.checks import is_dtensor
 
 GATHERED_IN_FORWARDS = "fully_shard gathers the weight of its output projection in forward passes only"
-"""Why a language model that is fully sharded goes through its logits."""
+"""Why a caller's own loss cannot use the projection of a model that is fully sharded."""
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether ``torch.distributed.fsdp.fully_shard`` was applied to a model or to a part of it."""
-    kind = _imported("torch.distributed.fsdp", "FSDPModule")
-    return kind is not None and any(isinstance(module, kind) for module in model.modules())
+    return any(True for _ in _units(model))
+
+
+def class_as_written(module: nn.Module) -> type:
+    """The class of a module before ``fully_shard`` made a subclass of it that is a unit."""
+    unit = imported("torch.distributed.fsdp", "FSDPModule")
+    return next(kind for kind in type(module).__mro__ if unit is None or not issubclass(kind, unit))
+
+
+def mesh_of(model: nn.Module) -> Any:
+    """The mesh over whose ranks ``fully_shard`` splits a model that :func:`check_parallelism` passed, at rest."""
+    return next(parameter.device_mesh for _, parameter in _split_parameters(model))
 
 
 def check_parallelism(model: nn.Module, config: AdversarialConfig, ranks: int | None) -> None:
@@ -43,6 +53,7 @@ def check_parallelism(model: nn.Module, config: AdversarialConfig, ranks: int | 
     averaged = None
     if isinstance(model, nn.parallel.DistributedDataParallel):
         averaged = model.process_group.size()
+        _refuse_split_replicas(model)
     elif is_fully_sharded(model):
         averaged = _shards(model)
         reason = _obstacle_of_sharding(config)
@@ -58,7 +69,7 @@ def check_parallelism(model: nn.Module, config: AdversarialConfig, ranks: int | 
 
 def _refuse_other_kinds(model: nn.Module) -> None:
     unwrap(model)  # DataParallel
-    first = _imported("torch.distributed.fsdp", "FullyShardedDataParallel")
+    first = imported("torch.distributed.fsdp", "FullyShardedDataParallel")
     if first is not None and any(isinstance(module, first) for module in model.modules()):
         raise ValueError(
             "model: expected DistributedDataParallel or fully_shard, got FullyShardedDataParallel (FSDP1), whose flat "
@@ -69,6 +80,17 @@ def _refuse_other_kinds(model: nn.Module) -> None:
         raise ValueError(
             f"model: expected DistributedDataParallel or fully_shard, got DeepSpeed's {type(model).__name__}, whose "
             "partitioned parameters and gradients were never tested with several forwards before a backward"
+        )
+
+
+def _refuse_split_replicas(model: nn.Module) -> None:
+    """``DistributedDataParallel(device_mesh=...)`` makes DTensors of plain parameters within its own forward only."""
+    name = next((name for name, parameter in model.named_parameters() if hasattr(parameter, "_st_info")), None)
+    if name is not None:
+        raise ValueError(
+            f"model: expected DistributedDataParallel of whole parameters, got {name}, a part of a DTensor of tensor "
+            "parallelism, which passes around DistributedDataParallel would take for the whole; split projections are "
+            "trained without it"
         )
 
 
@@ -106,7 +128,11 @@ def _shards(model: nn.Module) -> int:
     Raises:
         ValueError: parameters are split in another way as well.
     """
-    sizes = []
+    held = set()
+    for unit in _units(model):
+        unit.reshard()  # a forward of the caller's may have left them gathered
+        held |= {id(parameter) for parameter in unit.parameters()}
+    meshes = []
     for name, parameter in _split_parameters(model):
         replicas = [placement.is_replicate() for placement in parameter.placements]
         if replicas not in ([False], [True, False]):  # shards, or replicas of shards
@@ -114,10 +140,26 @@ def _shards(model: nn.Module) -> int:
                 f"model: expected fully_shard alone, got {name} with placements {parameter.placements}, as of tensor "
                 "parallelism, which was never tested"
             )
-        sizes.append(parameter.device_mesh.size())
-    if not sizes:
+        if id(parameter) not in held:
+            raise ValueError(
+                f"model: expected fully_shard alone, got {name}, a DTensor that no unit of it holds, as of tensor "
+                "parallelism, which was never tested"
+            )
+        meshes.append(parameter.device_mesh)
+        if meshes[-1] != meshes[0]:
+            raise ValueError(
+                f"model: expected fully_shard over one mesh, got {name} on {meshes[-1]} beside {meshes[0]}, as of "
+                "tensor parallelism, which was never tested"
+            )
+    if not meshes:
         raise ValueError("model: expected parameters that fully_shard splits, got none")
-    return sizes[0]
+    return meshes[0].size()
+
+
+def _units(model: nn.Module) -> Iterator[Any]:
+    """The modules that ``fully_shard`` was applied to."""
+    kind = imported("torch.distributed.fsdp", "FSDPModule")
+    return iter(()) if kind is None else (module for module in model.modules() if isinstance(module, kind))
 
 
 def _split_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -125,6 +167,6 @@ def _split_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return (pair for pair in model.named_parameters() if is_dtensor(pair[1]))
 
 
-def _imported(package: str, name: str) -> Any:
+def imported(package: str, name: str) -> Any:
     """A class of a package, None if nothing has imported that."""
     return getattr(sys.modules.get(package), name, None)

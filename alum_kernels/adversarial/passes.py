@@ -14,7 +14,7 @@ from alum_kernels.adversarial.linear_head import Captured, LinearHead, losses_ag
 from alum_kernels.adversarial.model_state import dropout_off
 from alum_kernels.adversarial.predictions import Prediction
 from alum_kernels.adversarial.row_losses import widened
-from alum_kernels.adversarial.samples import select_samples
+from alum_kernels.adversarial.samples import sample_count, select_samples
 
 
 def loss_of(outputs: Any) -> Tensor | None:
@@ -146,6 +146,10 @@ class LinearPasses:
         """Why the model is not what this takes it for, given what it returned for the batch, or None if it is."""
         with self._linear.capturing() as captured:
             outputs = model(**self._head.inputs(self._batch, model))
+        # gathered once, whatever is found, so that ranks that find something else do not wait
+        return self._linear.gathered(lambda: self._mismatch(captured, outputs, own))
+
+    def _mismatch(self, captured: Captured, outputs: Any, own: Any) -> str | None:
         mismatch = self._linear.mismatch(captured, self._tokens.logits(outputs))
         if mismatch is not None:
             return mismatch
@@ -180,8 +184,12 @@ class LinearPasses:
 
         Of tokens, zero where there is none; the sum over ``num_items_in_batch`` if that is given.
         """
-        with self._linear.autocast(captured):
-            total = self._linear.cross_entropy(labelled, self._labels)
+
+        def cross_entropy() -> Tensor:
+            with self._linear.autocast(captured):
+                return self._linear.cross_entropy(labelled, self._labels)
+
+        total = self._linear.gathered(cross_entropy, captured.hidden)
         items = self._batch.get("num_items_in_batch")
         loss = total / (self._labelled.count() if items is None else items)
         if self._labelled.overflow is not None:
@@ -258,6 +266,14 @@ def one_sample(head: Head, batch: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     kept = {key: value for key, value in batch.items() if key != "num_items_in_batch"}
     return select_samples(kept, counts.argmax(keepdim=True), labels.shape[0])
+
+
+def any_sample(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The first sample as a batch of its own, or the whole batch where there is none."""
+    kept = {key: value for key, value in batch.items() if key != "num_items_in_batch"}
+    count = sample_count(kept)
+    first = torch.arange(min(count, 1), device=next(v.device for v in kept.values() if isinstance(v, Tensor)))
+    return select_samples(kept, first, count)
 
 
 def refusal(model: nn.Module, head: Head, sample: Mapping[str, Any], linear: LinearHead) -> str | None:

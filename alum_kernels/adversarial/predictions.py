@@ -1,12 +1,13 @@
 """What one pass of a model predicted, and the divergence between two passes, through logits or a linear head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from alum_kernels.adversarial.config import AdversarialConfig
+from alum_kernels.adversarial.gathering_units import Result
 from alum_kernels.adversarial.heads import Head
 from alum_kernels.adversarial.input_gradients import input_gradients
 from alum_kernels.adversarial.linear_head import Captured, LinearHead
@@ -45,18 +46,26 @@ class Prediction:
 
     def like(self, other: "Prediction") -> "Prediction":
         """The same values in the dtype of another pass's, and projected as there; differentiable."""
-        return replace(self, values=self.values.to(other.values.dtype), captured=other.captured)
+        captured = None if other.captured is None else replace(self.captured, autocast=other.captured.autocast)
+        return replace(self, values=self.values.to(other.values.dtype), captured=captured)
 
     def with_products(self) -> "Prediction":
         """The same with the clean products kept, where they fit the budget of a chunk."""
         if self.linear is None:
             return self
         with self.linear.autocast(self.captured):
-            return replace(self, products=linear_products(self.values, self.linear.projection.weight))
+            products = self.linear.gathered(lambda: linear_products(self.values, self.linear.projection.weight))
+        return replace(self, products=products)
 
     def rows(self) -> Tensor | int:
         """How many rows are compared."""
         return self.values.shape[:-1].numel() if self.mask is None else self.mask.sum()
+
+
+def where_gathered(predictions: Sequence[Prediction], work: Callable[[], Result]) -> Result:
+    """What ``work`` returns, which uses the linear head of these predictions, if there is one, and its parameters."""
+    part = next((part for part in predictions if part.linear is not None), None)
+    return work() if part is None else part.linear.gathered(work, part.captured.hidden)
 
 
 def mean_divergences(
@@ -84,7 +93,8 @@ def _reduced(
     if adv.linear is None:
         return adv.head.divergence(adv.values, clean.values, clean.mask, divergence=divergence, **options)
     head = adv.linear
-    with head.autocast(adv.captured):
+
+    def divergence_of_rows() -> Tensor:
         return _LINEAR_DIVERGENCES[divergence](
             adv.values,
             clean.values,
@@ -96,6 +106,9 @@ def _reduced(
             gather_rows=False,
             **options,
         )
+
+    with head.autocast(adv.captured):
+        return head.gathered(divergence_of_rows, adv.captured.hidden)
 
 
 def in_fp16(tensor: Tensor) -> bool:
@@ -144,7 +157,8 @@ def _sum(
             adv.values, clean.values.detach(), clean.mask, grad_scale=grad_scale, **options
         )
     head = adv.linear
-    with head.autocast(adv.captured):
+
+    def sum_and_gradient() -> tuple[Tensor, Tensor]:
         return linear_symmetric_kl_grad(
             adv.values,
             clean.values,
@@ -159,3 +173,6 @@ def _sum(
             grad_scale=grad_scale,
             **options,
         )
+
+    with head.autocast(adv.captured):
+        return head.gathered(sum_and_gradient, adv.captured.hidden)

@@ -200,7 +200,9 @@ class StepRunner:
                 self._refuse_several_parts()
             ranks = self._counts.weights(batch, device_of(self._inner))
         with dropout_off(model) if config.dropout == "off" else nullcontext():
-            linear = self.fused.of_batch(model, batch, options.leaves_logits, sharded=self._sharded)
+            linear = self.fused.of_batch(
+                model, batch, options.leaves_logits, own_loss=options.own_loss, sharded=self._sharded
+            )
 
             room = None
             if linear is not None and config.labelled_capacity is not None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alum_kernels.ops.split_head import class_split, is_dtensor
+from alum_kernels.ops.checks import is_dtensor
+from alum_kernels.ops.split_head import class_split
 
 
 class SplitProjection:

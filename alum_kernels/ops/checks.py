@@ -1,6 +1,7 @@
 """Argument checks that the public ops share. Every message names the argument, what came and what is expected."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,25 @@ def check_choice(name: str, value: str, valid: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
 
 
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is a DTensor, without importing what makes them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def check_plain(name: str, tensor: Any) -> None:
+    """Raises TypeError for a DTensor: kernels read the memory of one rank."""
+    if is_dtensor(tensor):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor with placements {tensor.placements}; {name}.full_tensor() "
+            f"gives the whole, {name}.to_local() this rank's part"
+        )
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    check_plain(name, tensor)
     if tensor.dtype not in FLOATING:
         listed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
         raise TypeError(f"{name}: expected a dtype among {listed}, got {str(tensor.dtype).removeprefix('torch.')}")
@@ -52,6 +69,7 @@ def check_mask(mask: Tensor | None, shape: Sequence[int], device: torch.device) 
         return
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+    check_plain("mask", mask)
     if mask.dtype not in MASK_DTYPES:
         raise TypeError(f"mask: expected bool or integers 0 and 1, got {mask.dtype}")
     if tuple(mask.shape) != tuple(shape):
@@ -94,6 +112,7 @@ def per_token(name: str, value: float | Tensor, embeds: Tensor) -> tuple[Tensor 
     """
     if not isinstance(value, Tensor):
         return None, check_magnitude(name, value, "a float or an fp32 tensor")
+    check_plain(name, value)
     batch, length = embeds.shape[:2]
     if value.dtype != torch.float32:
         raise TypeError(f"{name}: expected a float or an fp32 tensor, got {value.dtype}")
@@ -118,6 +137,7 @@ def as_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
         return torch.full((1,), seed, dtype=torch.int64, device=device)
     if not isinstance(seed, Tensor):
         raise TypeError(f"seed: expected a one-element int64 tensor, an int or None, got {type(seed).__name__}")
+    check_plain("seed", seed)
     if seed.dtype != torch.int64:
         raise TypeError(f"seed: expected dtype torch.int64, got {seed.dtype}")
     if seed.numel() != 1:

@@ -13,7 +13,7 @@ from alum_kernels.backends.linear_chunks import LinearOptions, chunk_budget
 from alum_kernels.backends.vocabulary_group import VocabularySplit
 from alum_kernels.ops import checks
 from alum_kernels.ops.reductions import REDUCTIONS, mask_weight, reduce_rows, row_share
-from alum_kernels.ops.split_head import agreed_split, is_dtensor, local_head
+from alum_kernels.ops.split_head import agreed_split, local_head
 from alum_kernels.ops.symmetric_kl import GRADIENTS
 
 if TYPE_CHECKING:
@@ -75,8 +75,6 @@ def linear_call(
     local = local_head([("adv_hidden", adv_hidden), ("hidden", hidden)], weight, bias, group)
     (adv_hidden, hidden), weight, bias = local.hidden, local.weight, local.bias
     _check_tensors(adv_hidden, hidden, weight, bias, split=local.group is not None)
-    if is_dtensor(mask):
-        raise TypeError("mask: expected a plain tensor, got a DTensor; mask.full_tensor() gives one")
     checks.check_mask(mask, hidden.shape[:-1], hidden.device)
     checks.check_choice("reduction", reduction, REDUCTIONS)
     checks.check_choice("gradient", gradient, GRADIENTS)

@@ -50,11 +50,11 @@ def linear_products(hidden: Tensor, weight: Tensor, *, chunk_bytes: int | None =
         >>> linear_products(torch.tensor([[1.0, 2.0]]), torch.eye(2))
         tensor([[1., 2.]])
     """
-    checks.check_floating("hidden", hidden)
-    checks.check_floating("weight", weight)
     check_chunk_bytes(chunk_bytes)
     local = local_head([("hidden", hidden)], weight, None, None)
     (hidden,), weight = local.hidden, local.weight
+    checks.check_floating("hidden", hidden)
+    checks.check_floating("weight", weight)
     check_head(hidden, weight, split=local.group is not None)
     hidden, weight = as_autocast(hidden.detach(), weight.detach())
     hidden = hidden.reshape(-1, hidden.shape[-1])

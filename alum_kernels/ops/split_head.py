@@ -6,7 +6,6 @@ gradient finds the way back by itself, with the placement of the DTensor.
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alum_kernels.backends.vocabulary_group import VocabularySplit, gathered
-from alum_kernels.ops.checks import check_process_group
+from alum_kernels.ops.checks import check_process_group, is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
@@ -33,12 +32,6 @@ class LocalHead(NamedTuple):
     bias: Tensor | None  # (V_r,)
     group: ProcessGroup | None  # None: the weight is whole
     sizes: tuple[int, ...] | None  # classes of each rank where all is known without asking the ranks
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether it is a DTensor, without importing what makes them."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_split(weight: Tensor, group: ProcessGroup | None) -> bool:
@@ -191,7 +184,8 @@ def agreed_split(head: LocalHead, replicated: Sequence[tuple[str, Tensor | None]
                 own = found[torch.distributed.get_rank(head.group)]
                 others = [rank for rank, value in enumerate(found) if value != own]
                 raise ValueError(
-                    f"{name}: expected the same on every rank of the group, got others on ranks {others} than here"
+                    f"{name}: expected the same on every rank of the group, got others on ranks {others} than here; a "
+                    "weight that fully_shard splits is no split head, but whole in forwards of its module"
                 )
         sizes = tuple(values[0] for values in everywhere)
     if sum(sizes) == 0:
