@@ -119,8 +119,7 @@ ALUM_INLINE Sums<double> sum_row(const Row& row, const Add& add) {
     Sums<Vec> sums;
     for (int64_t from = begin; from < end; from += kStep) {
       Sums<Vec> few;
-      row.each(from, from + kStep < end ? from + kStep : end,
-               [&](const Logits<Vec>& y) ALUM_LAMBDA { add(few, y); });
+      row.each(from, from + kStep < end ? from + kStep : end, [&](const Logits<Vec>& y) ALUM_LAMBDA { add(few, y); });
       sums = plus(sums, few);
     }
     totals = total(totals, sums);

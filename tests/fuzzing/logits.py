@@ -2,7 +2,8 @@
 
 Kinds: *usual* is the domain in which the accuracy of the library is promised (logits of a few units to a few dozen, any
 perturbation); *minute* and *huge* lie far below and above it, *shifted* far from zero, *opposed* are certain of
-different classes, in *overtaken* rows a class without weight passes all others, *equal* do not differ. Some rows are then spoilt: dead classes (-inf), NaN, +inf.
+different classes, in *overtaken* rows a class without weight passes all others, *equal* do not differ. Some rows are
+then spoilt: dead classes (-inf), NaN, +inf.
 """
 
 from dataclasses import dataclass

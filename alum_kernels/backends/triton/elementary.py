@@ -38,7 +38,7 @@ def _expm1_reduced(r):
 
 @triton.jit
 def exp_parts(high, low):
-    """(scale, m) with e^(high + low) = scale (1 + m), for -87.3 <= high + low <= 88.3; the parts are reduced in turn."""
+    """(scale, m) with e^(high + low) = scale (1 + m), for -87.3 <= high + low <= 88.3, which are reduced in turn."""
     shifted = (high + low) * LOG2E + ROUND_TO_EXPONENT
     n = shifted - ROUND_TO_EXPONENT
     r = ((high - n * LN2_HIGH) + low) - n * LN2_LOW  # high and low may all but cancel
