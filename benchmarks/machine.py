@@ -1,5 +1,6 @@
 """Where a figure was measured: facts about the machine, written into every result file beside the measurements."""
 
+import argparse
 import json
 import os
 import platform
@@ -125,6 +126,20 @@ def describe(known: dict[str, Any]) -> str:
     return (
         f"{place}; torch {packages['torch']}, triton {packages['triton']}; load {known['load_average']}; commit {short}"
     )
+
+
+def machine_of(options: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
+    """The device of a measurement and :func:`facts` of it, with as many threads as asked for; prints what it is.
+
+    Args:
+        options: of :func:`benchmarks.machine_options.add_machine_options`.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    known = facts(device)
+    print(describe(known))
+    return device, known
 
 
 def slug(known: dict[str, Any]) -> str:
