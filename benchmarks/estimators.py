@@ -1,4 +1,4 @@
-"""EstimatorStatistics and variance of every cheaper estimator of the adversarial step, against the exact step.
+"""Bias and variance of every cheaper estimator of the adversarial step, against the exact step.
 
     python -m benchmarks.estimators [--batches 64] [--task classification|masked_lm|both] [--batch 8 --length 32]
                                     [--only NAME ...] [--threads 2] [--device cpu|cuda] [--json PATH]

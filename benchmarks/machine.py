@@ -158,8 +158,8 @@ def write_results(path: Path, what: str, known: dict[str, Any], **content: Any) 
 
     Args:
         path: a file, or a folder; see :func:`result_path`.
-        what: ``ops``, ``accuracy``, ``step``, ``flops``, ``memory``, ``estimators``, ``growth``, ``linear-head``,
-            ``quality``, ``gpu-check`` or ``resources``.
+        what: ``ops``, ``accuracy``, ``step``, ``pass-costs``, ``flops``, ``memory``, ``estimators``, ``growth``,
+            ``linear-head``, ``gpu-check`` or ``resources``.
         known: of :func:`facts`, taken when the measurement began.
         content: the measurements.
 
