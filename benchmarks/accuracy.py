@@ -24,11 +24,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .machine_options import add_machine_options
 from .table import Table
 
 CLASSES = (2, 3, 64, 65, 1000, 30522, 50257, 128256)
@@ -217,9 +217,7 @@ def main() -> int:
     parser.add_argument("--classes", type=int, nargs="+", help="vocabulary sizes V")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
     parser.add_argument("--quick", action="store_true", help="fewer rows, vocabularies and perturbations")
-    parser.add_argument("--threads", type=int, help="CPU threads (all that PyTorch takes)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file or folder for the results")
+    add_machine_options(parser)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""EstimatorStatistics and variance of every cheaper estimator of the adversarial step, against the exact step.
+"""Bias and variance of every cheaper estimator of the adversarial step, against the exact step.
 
     python -m benchmarks.estimators [--batches 64] [--task classification|masked_lm|both] [--batch 8 --length 32]
                                     [--only NAME ...] [--threads 2] [--device cpu|cuda] [--json PATH]
@@ -27,7 +27,6 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,8 @@ from torch import Tensor, nn
 from alum_kernels import AdversarialConfig, AdversarialObjective
 
 from .estimator_statistics import EstimatorStatistics, Exact, FlatGradient, GradientMoments
-from .machine import describe, facts, write_results
+from .machine import machine_of, write_results
+from .machine_options import add_machine_options
 from .naive_step import standard_step
 from .shapes import MINILM_TASKS, minilm
 from .table import Table, ratio
@@ -330,17 +330,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps-between", type=int, default=16, help="standard steps between two visits of a batch")
     parser.add_argument("--rounds", type=int, default=9, help="samples of each step's time")
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
-    parser.add_argument("--threads", type=int, help="CPU threads (all that PyTorch takes)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file or folder for the results")
+    add_machine_options(parser)
     options = parser.parse_args(arguments)
     if options.batches < LEAST_BATCHES:
         parser.error(f"argument --batches: expected {LEAST_BATCHES} at the least, two of each period")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    known = facts(device)
-    print(describe(known))
+    device, known = machine_of(options)
     weights = minilm("classification").weights()
     print(f"MiniLM, six layers, {weights}")
     results = []

@@ -16,7 +16,6 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ from alum_kernels.ops.dispatch import choose
 
 from .cases import COMPILED_ASCENTS, DTYPES, Case, ascent_cases, divergence_cases
 from .linear_head import Operands, providers
-from .machine import describe, facts, write_results
+from .machine import machine_of, write_results
+from .machine_options import add_machine_options
 from .table import Table, milliseconds, ratio
 from .timing import Call, measure, peak_memory, times_as_long
 
@@ -207,15 +207,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axis", nargs="+", choices=AXES, default=list(AXES), help="sizes that grow (all)")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each provider at each size")
-    parser.add_argument("--threads", type=int, help="CPU threads (all that PyTorch takes)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file or folder for the results")
+    add_machine_options(parser)
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    known = facts(device)
-    print(describe(known))
+    device, known = machine_of(options)
     on_cuda = device.type == "cuda"
     results = [
         row

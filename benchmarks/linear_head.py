@@ -24,7 +24,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +41,8 @@ from alum_kernels.backends.linear_chunks import (
 from alum_kernels.ops.dispatch import choose, implementation
 
 from .eager_kl import eager_symmetric_kl
-from .machine import describe, facts, write_results
+from .machine import machine_of, write_results
+from .machine_options import add_machine_options
 from .table import Table, milliseconds, ratio
 from .timing import Call, measure, peak_memory, times_as_long
 
@@ -263,15 +263,9 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="fp32 and bf16; time on the CPU: fp32")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, help="CPU threads (all that PyTorch takes)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file or folder for the results")
+    add_machine_options(parser)
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    known = facts(device)
-    print(describe(known))
+    device, known = machine_of(options)
     results: dict[str, Any] = {}
     if "accuracy" in options.what:
         results["accuracy"] = [r for dtype in options.dtype or DTYPES for r in accuracy(device, dtype)]

@@ -1,5 +1,6 @@
 """Where a figure was measured: facts about the machine, written into every result file beside the measurements."""
 
+import argparse
 import json
 import os
 import platform
@@ -127,6 +128,20 @@ def describe(known: dict[str, Any]) -> str:
     )
 
 
+def machine_of(options: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
+    """The device of a measurement and :func:`facts` of it, with as many threads as asked for; prints what it is.
+
+    Args:
+        options: of :func:`benchmarks.machine_options.add_machine_options`.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    known = facts(device)
+    print(describe(known))
+    return device, known
+
+
 def slug(known: dict[str, Any]) -> str:
     """The machine in a file name: of the GPU, or of the CPU and the number of threads."""
     name = known["gpu"]["name"] if known["gpu"] else f"{known['cpu']} {known['threads']} threads"
@@ -143,8 +158,8 @@ def write_results(path: Path, what: str, known: dict[str, Any], **content: Any) 
 
     Args:
         path: a file, or a folder; see :func:`result_path`.
-        what: ``ops``, ``accuracy``, ``step``, ``flops``, ``memory``, ``estimators``, ``growth``, ``linear-head``,
-            ``quality``, ``gpu-check`` or ``resources``.
+        what: ``ops``, ``accuracy``, ``step``, ``pass-costs``, ``flops``, ``memory``, ``estimators``, ``growth``,
+            ``linear-head``, ``gpu-check`` or ``resources``.
         known: of :func:`facts`, taken when the measurement began.
         content: the measurements.
 

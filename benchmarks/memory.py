@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,8 @@ from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.adversarial.config import PRESETS
 from alum_kernels.adversarial.samples import sample_count, select_samples
 
-from .machine import describe, facts, write_results
+from .machine import machine_of, write_results
+from .machine_options import add_machine_options
 from .naive_step import all_positions, class_rows, naive_adversarial_step, standard_step
 from .shapes import MINILM_TASKS, minilm
 from .table import Table, ratio
@@ -204,15 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {'; '.join(names)}")
-    parser.add_argument("--threads", type=int, help="CPU threads (all that PyTorch takes)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file or folder for the results")
+    add_machine_options(parser)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    known = facts(device)
-    print(describe(known))
+    device, known = machine_of(options)
     weights = minilm("classification").weights()
     print(f"MiniLM, six layers, {weights}")
     results = []

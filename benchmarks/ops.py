@@ -11,7 +11,6 @@ peak of memory held besides the inputs.
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ import torch
 from alum_kernels.adversarial.out_of_memory import refused_memory
 
 from .cases import Case, all_cases
-from .machine import describe, facts, write_results
+from .machine import machine_of, write_results
+from .machine_options import add_machine_options
 from .table import Table, milliseconds, ratio
 from .timing import Call, Timing, copy_bandwidth, measure, peak_memory, times_as_long
 
@@ -117,16 +117,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, fewer ascents, no large shapes")
     parser.add_argument("--rounds", type=int, help="samples of each provider (15, quick 7)")
-    parser.add_argument("--threads", type=int, help="CPU threads (all that PyTorch takes)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", help="cases that contain this text, such as 'noise_init' or '30522) bf16'")
-    parser.add_argument("--json", type=Path, help="file or folder for the results")
+    add_machine_options(parser)
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    known = facts(device)
-    print(describe(known))
+    device, known = machine_of(options)
     rounds = options.rounds or (7 if options.quick else 15)
     results = list(run(device, options.quick, rounds, options.only))
     if not results:

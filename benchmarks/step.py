@@ -23,14 +23,14 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from .flops import FRACTION, forward_of
-from .machine import describe, facts, write_results
+from .machine import machine_of, write_results
+from .machine_options import add_machine_options
 from .shapes import SHAPES, Shape, labelled_rows, shapes_for, shapes_named
 from .step_profile import StepProfile, profile_step
 from .step_providers import (
@@ -240,9 +240,7 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--mode", choices=(*MODES, "both"), default="eager")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), help=f"of {'; '.join(PROVIDERS)} (all)")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each step")
-    parser.add_argument("--threads", type=int, help="CPU threads (all that PyTorch takes)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file or folder for the results")
+    add_machine_options(parser)
     options = parser.parse_args(arguments)
     unknown = [name for name in options.providers if name not in PROVIDERS]
     if unknown:
@@ -257,11 +255,7 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options, shapes = _options(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    known = facts(device)
-    print(describe(known))
+    device, known = machine_of(options)
     results: list[Row] = []
     try:
         results.extend(run(shapes, options, device))

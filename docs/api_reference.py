@@ -21,7 +21,7 @@ import alum_kernels
 PACKAGES = ("alum_kernels", "alum_kernels.adversarial", "alum_kernels.evaluation", "alum_kernels.integrations")
 PRIVATE = (
     r"!alum_kernels\.adversarial\.(?!(captured|config|heads|objectives|output|presets|schedule|telemetry)$)",
-    r"!alum_kernels\.integrations\.(finite_steps|rescaled_ascent|step_watch|trainer_losses)$",
+    r"!alum_kernels\.integrations\.(finite_steps|rescaled_ascent|step_watch|trainer_\w+)$",
 )
 """Modules that nobody outside calls; every other one, and each package, has a page."""
 

@@ -5,7 +5,6 @@
 The adversarial loss comes from ``alum_kernels``; the rest is the loop that MT-DNN's users have.
 """
 
-import argparse
 import itertools
 
 import torch
@@ -13,16 +12,13 @@ import torch
 # from mt_dnn.perturbation import SmartPerturbation
 from alum_kernels.integrations.mtdnn import SmartPerturbation
 from examples.docstrings import start
+from examples.drop_in_options import drop_in_options
 
 ADV_ALPHA = 1.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.mtdnn_drop_in", description=__doc__)
-    parser.add_argument("--model", default=None, help="name or path (default: the bundled MiniLM)")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=8)
-    chosen = parser.parse_args()
+    chosen = drop_in_options("examples.mtdnn_drop_in", __doc__)
 
     model, _, _ = task = start(source=chosen.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

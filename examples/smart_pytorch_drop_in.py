@@ -3,7 +3,6 @@
 python -m examples.smart_pytorch_drop_in --steps 10
 """
 
-import argparse
 import itertools
 
 import torch
@@ -12,16 +11,13 @@ from torch import Tensor
 # from smart_pytorch import SMARTLoss, kl_loss, sym_kl_loss
 from alum_kernels.integrations.smart_pytorch import SMARTLoss, kl_loss, sym_kl_loss
 from examples.docstrings import start
+from examples.drop_in_options import drop_in_options
 
 WEIGHT = 0.02
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.smart_pytorch_drop_in", description=__doc__)
-    parser.add_argument("--model", default=None, help="name or path (default: the bundled MiniLM)")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=8)
-    chosen = parser.parse_args()
+    chosen = drop_in_options("examples.smart_pytorch_drop_in", __doc__)
 
     model, _, _ = task = start(source=chosen.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

@@ -66,7 +66,15 @@ def test_public_names_are_documented(name):
     assert text.strip().splitlines()[0].rstrip().endswith((".", ":", "`"))
 
 
-PARTS = ("finite_steps", "rescaled_ascent", "sft_loss", "step_watch", "trainer_losses")
+PARTS = (
+    "finite_steps",
+    "rescaled_ascent",
+    "sft_loss",
+    "step_watch",
+    "trainer_counts",
+    "trainer_distribution",
+    "trainer_losses",
+)
 """Integrations that a user does not import from."""
 
 CALLED_BY_A_FRAMEWORK = {

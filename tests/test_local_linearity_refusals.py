@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
+from linearity import NEAR
 from tiny_models import BagOfEmbeddings
 from torch import Tensor
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
-
-NEAR = AdversarialConfig.llr(std=0.05, step_size=0.05, epsilon=0.1, units="absolute")
 
 
 def test_losses_that_cannot_be_taken_apart_are_refused():

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
+from climbed import Climbed
 from tiny_models import BagOfEmbeddings, Gradients
 from torch import Tensor, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective, AdversarialOutput
-from alum_kernels.adversarial.perturbation import Perturbation
 from alum_kernels.backends.reference import noise_init as reference_noise
 from alum_kernels.backends.reference import projected_ascent as reference_ascent
 from alum_kernels.backends.reference import symmetric_kl as reference_kl
@@ -193,23 +193,15 @@ def test_the_ascent_computes_no_parameter_gradient(name, steps):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.fixture
-def climbed(monkeypatch) -> list[Tensor]:
-    """Every gradient that a perturbation climbs along, in order."""
-    grads = []
-    climb = Perturbation.climb
-    monkeypatch.setattr(Perturbation, "climb", lambda self, given: (grads.extend(given), climb(self, given)))
-    return grads
-
-
-def test_the_ascent_climbs_the_sum_so_that_the_batch_size_does_not_matter(climbed):
+def test_the_ascent_climbs_the_sum_so_that_the_batch_size_does_not_matter(monkeypatch):
+    climbed = Climbed(monkeypatch)
     batch, seed = tiny_models.classification_batch(), torch.tensor([3])
     _, objective = bag(MOVED.replace(normalize="none"))
     objective.forward(batch, seed=seed)
     for sample in range(4):
         one = {key: value[sample : sample + 1] for key, value in batch.items()}
         objective.forward(one, seed=seed, sample_offset=sample)
-    whole, *parts = climbed
+    whole, *parts = climbed.gradients
     assert whole.abs().amax() > 0
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-15)
 

@@ -3,11 +3,11 @@
 import pytest
 import tiny_models
 import torch
+from climbed import Climbed
 from tiny_models import Gradients
 from torch import Tensor
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
-from alum_kernels.adversarial.perturbation import Perturbation
 from alum_kernels.backends.reference import noise_init as reference_noise
 
 MOVED = AdversarialConfig(std=1e-2, step_size=2e-2, epsilon=2e-2, normalize="linf")
@@ -111,17 +111,9 @@ def test_an_encoder_decoder_can_be_perturbed_at_both_ends(name):
     assert not torch.equal(encoder, decoder)
 
 
-@pytest.fixture
-def climbed(monkeypatch) -> list[Tensor]:
-    """Every gradient that a perturbation climbs along, in order."""
-    grads = []
-    climb = Perturbation.climb
-    monkeypatch.setattr(Perturbation, "climb", lambda self, given: (grads.extend(given), climb(self, given)))
-    return grads
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_climbs_and_trains_as_fp32_does(climbed, dtype):
+def test_autocast_climbs_and_trains_as_fp32_does(monkeypatch, dtype):
+    climbed = Climbed(monkeypatch)
     batch, results = tiny_models.classification_batch(), []
     config = MOVED.replace(std=5e-2, epsilon=0.2, step_size=0.1)
     for enabled in (False, True):
@@ -132,7 +124,7 @@ def test_autocast_climbs_and_trains_as_fp32_does(climbed, dtype):
         output.loss.backward()
         assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
         results.append((output.divergence, Gradients.of(model).flat()))
-    exact, rounded = climbed
+    exact, rounded = climbed.gradients
     assert exact.dtype == rounded.dtype == torch.float32
     # a gradient still multiplied by the fp16 factor would be 16384 times as long
     assert torch.cosine_similarity(exact.flatten(), rounded.flatten(), 0) > 0.98

@@ -1,11 +1,9 @@
 """``AdversarialTrainer``: its gradients, its noise over micro-batches and processes, its log and its checkpoints."""
 
-import os
-from pathlib import Path
-
 import pytest
 import tiny_models
 import torch
+from published_data import PUBLISHED, needs_published
 from tiny_loops import watched
 from tiny_trainer import CLASSIFICATION, MASKED_LM, MOVED, REGRESSION, GradientLog, trainer_of
 from torch import nn
@@ -294,11 +292,9 @@ def test_what_is_not_supported_is_refused(tmp_path, monkeypatch):
         AdversarialTrainer(model=tiny_models.bert())
 
 
+@needs_published
 def test_cola_trains_from_its_published_files(tmp_path):
-    folder = os.environ.get("ALUM_TEST_DATA")
-    if folder is None:
-        pytest.skip("ALUM_TEST_DATA names no folder with glue/CoLA")
-    lines = (Path(folder) / "glue" / "CoLA" / "train.tsv").read_text(encoding="utf-8").splitlines()[:64]
+    lines = (PUBLISHED / "glue" / "CoLA" / "train.tsv").read_text(encoding="utf-8").splitlines()[:64]
     samples = []
     for _, label, _, sentence in (line.split("\t") for line in lines):
         # bytes stand in for a tokenizer: what is tested is the path from file to log

@@ -9,13 +9,13 @@ from collections.abc import Callable
 import pytest
 import tiny_models
 import torch
+from climbed import Climbed
 from tiny_loops import APART, assert_alike
 from tiny_models import Gradients
 from torch import Tensor, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective
 from alum_kernels.adversarial.config import PRESETS
-from alum_kernels.adversarial.perturbation import Perturbation
 
 SIZES = {"std": 2e-2, "step_size": 5e-2, "epsilon": 4e-2}
 ALUM = AdversarialConfig.alum_finetuning(normalize="linf", **SIZES)
@@ -214,20 +214,6 @@ def test_every_method_trains_what_is_left(name, part):
     for frozen_name in names:
         found[0].values[frozen_name] = None
     assert_same(model, found[0], 1e-7 if config.ascent == "linearity" else 1e-9)
-
-
-class Climbed:
-    """What every perturbation climbed along, in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.gradients: list[Tensor] = []
-        climb = Perturbation.climb
-
-        def watched(perturbation: Perturbation, grads: list[Tensor]) -> None:
-            self.gradients.extend(grad.clone() for grad in grads)
-            climb(perturbation, grads)
-
-        monkeypatch.setattr(Perturbation, "climb", watched)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "freelb"])

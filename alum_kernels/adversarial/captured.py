@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from alum_kernels.adversarial.batch_shape import copied_batch, copy_into_batch, shape_of_batch
 from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.adversarial.cuda_graphs import CudaGraphs
 from alum_kernels.adversarial.linear_head import LinearHead
@@ -144,7 +145,7 @@ class CapturedStep:
         self._last_held, self._said_full = self._held(), False
         self.reason: str | None = None
         self._give_up(self._graphs.obstacle(device) or obstacle(objective, optimizer))
-        _shape_of(example_batch)
+        shape_of_batch(example_batch)
 
     def __call__(
         self,
@@ -179,7 +180,7 @@ class CapturedStep:
         if isinstance(items, int):  # which would be a shape of its own
             batch = {**batch, "num_items_in_batch": torch.full((), items, device=self._device)}
         plan = self._objective.begin_step()
-        key = (_shape_of(batch), _autocast(self._device), plan.weights, plan.check_signal)
+        key = (shape_of_batch(batch), _autocast(self._device), plan.weights, plan.check_signal)
         shape = self._shapes.setdefault(key, _Shape())
         seed = self._objective.draw_seed() if plan.weights.perturbs else None
         if shape.replay is None and (shape.steps < WARM_STEPS or self._full()):
@@ -264,7 +265,7 @@ class CapturedStep:
 
     def _capture(self, shape: _Shape, batch: Mapping[str, Any], plan: Plan, seed: Tensor | None) -> None:
         device, telemetry = self._device, self._objective.telemetry
-        shape.batch = _copied(batch, device)
+        shape.batch = copied_batch(batch, device)
         shape.seed = None if seed is None else seed.clone()
         shape.scale = torch.ones((), device=device)
         before = telemetry.counts.copy()
@@ -289,7 +290,7 @@ class CapturedStep:
     def _replay(
         self, shape: _Shape, batch: Mapping[str, Any], seed: Tensor | None, scale: float | Tensor
     ) -> dict[str, Tensor]:
-        _copy_into(shape.batch, batch)
+        copy_into_batch(shape.batch, batch)
         if seed is not None:
             shape.seed.copy_(seed)
         if isinstance(scale, Tensor):
@@ -358,41 +359,3 @@ def obstacle(objective: Objective, optimizer: torch.optim.Optimizer | None) -> s
 
 def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-
-
-def _shape_of(batch: Mapping[str, Any]) -> Hashable:
-    """Shapes and dtypes of the tensors, and everything else as it is.
-
-    Raises:
-        ValueError: something that cannot be told apart.
-    """
-    shape = []
-    for name in sorted(batch):
-        value = batch[name]
-        if isinstance(value, Tensor):
-            shape.append((name, tuple(value.shape), value.dtype))
-        elif isinstance(value, Mapping):
-            shape.append((name, _shape_of(value)))
-        elif isinstance(value, Hashable):
-            shape.append((name, value))
-        else:
-            raise ValueError(f"batch: expected tensors or hashable values, got a {type(value).__name__} for {name!r}")
-    return tuple(shape)
-
-
-def _copied(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    copied: dict[str, Any] = {}
-    for name, value in batch.items():
-        if isinstance(value, Mapping):
-            copied[name] = _copied(value, device)
-        else:
-            copied[name] = value.to(device, copy=True) if isinstance(value, Tensor) else value
-    return copied
-
-
-def _copy_into(static: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
-    for name, value in batch.items():
-        if isinstance(value, Mapping):
-            _copy_into(static[name], value)
-        elif isinstance(value, Tensor):
-            static[name].copy_(value, non_blocking=True)

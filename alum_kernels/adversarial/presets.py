@@ -5,41 +5,13 @@ the perturbed embeddings, sKL the symmetric KL divergence, Pi the projection int
 names are the config's fields, with the papers' letters in brackets.
 """
 
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
+from alum_kernels.adversarial.freelb_constants import FREELB_GLUE, FreeLBSetting, freelb_ball
 from alum_kernels.ops.checks import check_choice
 
+__all__ = ["FREELB_GLUE", "PRESETS", "FreeLBSetting", "Presets"]
 
-class FreeLBSetting(NamedTuple):
-    """Constants of one GLUE task (l2).
-
-    Attributes:
-        steps: of the ascent.
-        step_size: the paper's alpha.
-        noise: length of the first perturbation.
-        epsilon: radius of the ball.
-    """
-
-    steps: int
-    step_size: float
-    noise: float
-    epsilon: float
-
-
-FREELB_GLUE = {
-    "cola": FreeLBSetting(3, 2.5e-2, 4e-1, 3e-1),
-    "mnli": FreeLBSetting(2, 1e-1, 1e-1, 3e-1),
-    "mrpc": FreeLBSetting(3, 4e-2, 6.4e-1, 4e-1),
-    "qnli": FreeLBSetting(2, 1e-1, 2e-1, 2e-1),
-    "qqp": FreeLBSetting(2, 1.5e-1, 3.2e-1, 6.2e-1),
-    "rte": FreeLBSetting(3, 6e-2, 1.6e-1, 1.4e-1),
-    "sst-2": FreeLBSetting(2, 1e-1, 1.0, 6e-1),
-    "sts-b": FreeLBSetting(3, 1e-1, 1.6e-1, 2.8e-1),
-}
-"""FreeLB's constants for RoBERTa-large: the settings that the authors' launch scripts run
-(https://github.com/zhuchen03/FreeLB, fairseq-RoBERTa/launch/FreeLB; QNLI and QQP those of the fp16 scripts, RTE the
-released setting, which the script has commented out). A step count there is one of ascents; the paper's K counts the
-passes, one more."""
 
 PRESETS = (
     "alum_pretraining",
@@ -60,6 +32,8 @@ PRESETS = (
     "neftune",
 )
 """Names of the classmethods of :class:`Presets`."""
+
+_SUPERVISED = {"alpha": 0.0, "clean_weight": 0.0, "adversarial_weight": 1.0, "ascent": "task"}
 
 
 class Presets:
@@ -152,8 +126,7 @@ class Presets:
 
         Source: Zhu et al., arXiv:1909.11764, Algorithm 1; constants: ``FREELB_GLUE``.
         """
-        setting = _glue_setting(task)
-        return cls._preset("freelb", changes, **_SUPERVISED, **_in_l2_ball(setting), backward="accumulate")
+        return cls._preset("freelb", changes, **_SUPERVISED, **freelb_ball(task), backward="accumulate")
 
     @classmethod
     def pgd(cls, task: str = "rte", **changes: Any) -> Self:
@@ -167,7 +140,7 @@ class Presets:
         Source: Madry et al., arXiv:1706.06083, as compared by Zhu et al., arXiv:1909.11764; constants:
         ``FREELB_GLUE``, whose launch scripts for PGD have the same ones but for CoLA, MNLI and QNLI.
         """
-        return cls._preset("pgd", changes, **_SUPERVISED, **_in_l2_ball(_glue_setting(task)))
+        return cls._preset("pgd", changes, **_SUPERVISED, **freelb_ball(task))
 
     @classmethod
     def fgm(cls, **changes: Any) -> Self:
@@ -201,7 +174,7 @@ class Presets:
 
         Source: Shafahi et al., arXiv:1904.12843; constants: ``FREELB_GLUE``.
         """
-        ball = _in_l2_ball(_glue_setting(task))
+        ball = freelb_ball(task)
         return cls._preset("freeat", changes, **_SUPERVISED, **ball, backward="replay", dropout="independent")
 
     @classmethod
@@ -223,7 +196,7 @@ class Presets:
             "yopo",
             changes,
             **_SUPERVISED,
-            **_in_l2_ball(_glue_setting(task)),
+            **freelb_ball(task),
             backward="accumulate",
             inner_steps=3,
         )
@@ -376,25 +349,3 @@ class Presets:
     @classmethod
     def _preset(cls, method: str, changes: dict[str, Any], **fields: Any) -> Self:
         return cls.from_dict({"method": method, **fields, **changes})
-
-
-_SUPERVISED = {"alpha": 0.0, "clean_weight": 0.0, "adversarial_weight": 1.0, "ascent": "task"}
-
-
-def _in_l2_ball(setting: FreeLBSetting) -> dict[str, Any]:
-    return {
-        "steps": setting.steps,
-        "std": setting.noise,
-        "distribution": "uniform",
-        "noise_level": "group",
-        "step_size": setting.step_size,
-        "epsilon": setting.epsilon,
-        "norm": "l2",
-        "normalize": "l2",
-        "level": "sequence",
-    }
-
-
-def _glue_setting(task: str) -> FreeLBSetting:
-    check_choice("task", task, tuple(FREELB_GLUE))
-    return FREELB_GLUE[task]

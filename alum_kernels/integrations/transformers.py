@@ -23,20 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
-from alum_kernels.adversarial.labels import IGNORED_LABEL
 from alum_kernels.adversarial.model_state import original, unwrap
 from alum_kernels.adversarial.noise_place import NoisePlace
 from alum_kernels.adversarial.objectives import AdversarialObjective
-from alum_kernels.adversarial.parallelism import is_fully_sharded
 
 try:
     from accelerate.utils import find_batch_size
     from transformers import Trainer
 
-    from alum_kernels.integrations.accelerate import other_distribution
     from alum_kernels.integrations.finite_steps import FiniteSteps
     from alum_kernels.integrations.sft_loss import SupervisedFineTuningLoss
     from alum_kernels.integrations.step_watch import StepWatch
+    from alum_kernels.integrations.trainer_counts import count_items, loss_is_scaled, micro_batches
+    from alum_kernels.integrations.trainer_distribution import check_distribution
     from alum_kernels.integrations.trainer_losses import OwnLoss, ParentLoss
 except ImportError as error:
     raise ImportError(
@@ -118,7 +117,7 @@ class AdversarialTrainerMixin:
             unwrap(model)  # DataParallel is refused before the Trainer moves it
         self.adversarial = adversarial
         super().__init__(*args, **kwargs)
-        self._check_distribution()
+        check_distribution(self)
         if adversarial.backward == "replay" and self.args.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"args: expected gradient_accumulation_steps 1 for {adversarial.method}, which updates the model "
@@ -199,11 +198,11 @@ class AdversarialTrainerMixin:
             )
         batch = dict(inputs)
         samples = batch.pop(SAMPLE_KEY, None)
-        items = None if num_items_in_batch is None else self._count_items(batch)
+        items = None if num_items_in_batch is None else count_items(self, batch)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
         def run_task(module: nn.Module, part: Mapping[str, Any]) -> tuple[Tensor, Any]:
-            own_items = None if items is None else self._count_items(part)
+            own_items = None if items is None else count_items(self, part)
             loss, outputs = self._task.of(module, part, own_items)
             # the mean over no labelled position is 0 / 0, with a zero gradient
             return (loss if own_items is None else torch.where(own_items > 0, loss, 0)), outputs
@@ -216,14 +215,14 @@ class AdversarialTrainerMixin:
                 f"{self.adversarial.delta_lifetime}, got {', '.join(batch)}"
             )
         seed, sample_offset = self._noise.next(find_batch_size(batch), self.state.global_step)
-        scaled = self._loss_is_scaled(num_items_in_batch)
+        scaled = loss_is_scaled(self, num_items_in_batch)
 
         def of_step(loss: Tensor) -> Tensor:
-            return loss / self._steps() if items is None else loss * (items * processes) / num_items_in_batch
+            return loss / micro_batches(self) if items is None else loss * (items * processes) / num_items_in_batch
 
         def differentiate(earlier: Tensor) -> None:
             # the parent divides none but the last loss, which is returned
-            self.accelerator.backward(of_step(earlier) if scaled else earlier / self._steps())
+            self.accelerator.backward(of_step(earlier) if scaled else earlier / micro_batches(self))
 
         result = self.objective.forward(
             self._task.inputs(batch),
@@ -259,18 +258,6 @@ class AdversarialTrainerMixin:
             self.objective.follow(optimizer)
             self._followed = optimizer
 
-    def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the parent takes the loss of a micro-batch as it is; else it divides by the accumulated steps."""
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            scaled = counted or self.compute_loss_func is not None
-        return scaled
-
-    def _steps(self) -> int:
-        """Micro-batches of the present optimizer step."""
-        return getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
-
     def _update(self) -> None:
         """An optimizer step between two replays of a batch."""
         self.finite.decide(self.model, self.accelerator.scaler)
@@ -289,32 +276,6 @@ class AdversarialTrainerMixin:
             if self.finite.guard.skipped:
                 logs["adv_skipped_steps"] = self.finite.guard.skipped
         super().log(logs, *args, **kwargs)
-
-    def _check_distribution(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"args: expected one device a process, got {self.args.n_gpu} GPUs in this one, which the Trainer puts "
-                "under DataParallel, whose replicas carry no hooks; start one process a GPU with torchrun, "
-                "or set CUDA_VISIBLE_DEVICES"
-            )
-        kind = other_distribution(self.accelerator)
-        if kind is not None:
-            raise ValueError(f"args: expected a single process or DistributedDataParallel, got {kind}")
-        if is_fully_sharded(self.model):
-            raise ValueError("model: expected one without fully_shard, which was never tested with the Trainer")
-        for name in ("tp", "cp", "sp"):
-            size = getattr(self, f"get_{name}_size", lambda: 1)()
-            if size > 1:
-                raise ValueError(f"args: expected no {name} parallelism, got a size of {size}")
-
-    def _count_items(self, batch: Mapping[str, Any]) -> Tensor:
-        """Items of a micro-batch as the Trainer counts those of a step: labels that are not ignored."""
-        labels = batch.get("shift_labels")
-        if labels is None:
-            labels = batch["labels"]
-            if getattr(self, "_loss_shifts_labels", False):
-                labels = labels[..., 1:]
-        return labels.ne(IGNORED_LABEL).sum()
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -3,7 +3,7 @@
 What the op computes is stated in ``alum_kernels/backends/reference/noise_init.py``.
 """
 
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -52,18 +52,24 @@ def _noise_init_fake(
     return embeds.new_empty(embeds.shape), embeds.new_empty(shape, dtype=torch.float32)
 
 
+class NoiseOptions(TypedDict, total=False):
+    """Options of :func:`noise_init`, for its overloads; what they mean, and their defaults, are said there."""
+
+    std: float | Tensor
+    distribution: str
+    mask: Tensor | None
+    seed: Tensor | int | None
+    stream: int
+    sample_offset: int
+    backend: str | None
+
+
 @overload
 def noise_init(
     embeds: Tensor,
     *,
-    std: float | Tensor = 1e-5,
-    distribution: str = "normal",
-    mask: Tensor | None = None,
-    seed: Tensor | int | None = None,
-    stream: int = 0,
-    sample_offset: int = 0,
     return_delta: Literal[False] = False,
-    backend: str | None = None,
+    **options: Unpack[NoiseOptions],
 ) -> Tensor: ...
 
 
@@ -71,14 +77,8 @@ def noise_init(
 def noise_init(
     embeds: Tensor,
     *,
-    std: float | Tensor = 1e-5,
-    distribution: str = "normal",
-    mask: Tensor | None = None,
-    seed: Tensor | int | None = None,
-    stream: int = 0,
-    sample_offset: int = 0,
     return_delta: Literal[True],
-    backend: str | None = None,
+    **options: Unpack[NoiseOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 

@@ -3,7 +3,7 @@
 What the op computes is stated in ``alum_kernels/backends/reference/projected_ascent.py``.
 """
 
-from typing import Literal, overload
+from typing import Literal, Required, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from alum_kernels.backends.reference import projected_ascent as reference
 from alum_kernels.ops import checks
 from alum_kernels.ops.dispatch import LIBRARY, choose, implementation
 from alum_kernels.ops.identity_gradient import IdentityGradient
+from alum_kernels.ops.noise_init import NoiseOptions
 
 NORMS = ("linf", "l2", "linf_rescale", "none")
 NORMALIZE = ("none", "linf", "l2", "sign")
@@ -110,26 +111,25 @@ def _check_group_radius(epsilon: Tensor | float, norm: str, level: str) -> None:
         )
 
 
+class AscentOptions(NoiseOptions, total=False):
+    """Options of :func:`projected_ascent`, for its overloads; what they mean, and their defaults, are said there."""
+
+    step_size: Required[float | Tensor]
+    epsilon: Required[float | Tensor]
+    norm: str
+    normalize: str
+    level: str
+
+
 @overload
 def projected_ascent(
     embeds: Tensor,
     grad: Tensor,
     delta: Tensor | None = None,
     *,
-    seed: Tensor | int | None = None,
-    std: float | Tensor = 1e-5,
-    distribution: str = "normal",
-    stream: int = 0,
-    sample_offset: int = 0,
-    step_size: float | Tensor,
-    epsilon: float | Tensor,
-    norm: str = "linf",
-    normalize: str = "none",
-    level: str = "token",
-    mask: Tensor | None = None,
     return_delta: Literal[False] = False,
     return_stats: Literal[False] = False,
-    backend: str | None = None,
+    **options: Unpack[AscentOptions],
 ) -> Tensor: ...
 
 
@@ -139,20 +139,9 @@ def projected_ascent(
     grad: Tensor,
     delta: Tensor | None = None,
     *,
-    seed: Tensor | int | None = None,
-    std: float | Tensor = 1e-5,
-    distribution: str = "normal",
-    stream: int = 0,
-    sample_offset: int = 0,
-    step_size: float | Tensor,
-    epsilon: float | Tensor,
-    norm: str = "linf",
-    normalize: str = "none",
-    level: str = "token",
-    mask: Tensor | None = None,
     return_delta: Literal[True],
     return_stats: bool = False,
-    backend: str | None = None,
+    **options: Unpack[AscentOptions],
 ) -> tuple[Tensor, ...]: ...
 
 
@@ -162,20 +151,9 @@ def projected_ascent(
     grad: Tensor,
     delta: Tensor | None = None,
     *,
-    seed: Tensor | int | None = None,
-    std: float | Tensor = 1e-5,
-    distribution: str = "normal",
-    stream: int = 0,
-    sample_offset: int = 0,
-    step_size: float | Tensor,
-    epsilon: float | Tensor,
-    norm: str = "linf",
-    normalize: str = "none",
-    level: str = "token",
-    mask: Tensor | None = None,
     return_delta: bool = False,
     return_stats: Literal[True],
-    backend: str | None = None,
+    **options: Unpack[AscentOptions],
 ) -> tuple[Tensor, ...]: ...
 
 
