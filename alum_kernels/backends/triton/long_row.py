@@ -6,6 +6,9 @@ largest b, then with D = c_new - c, and after scaling all by e^(M - M_new), in t
 
     B' = e^-D B + expm1(-D) L2      C' = e^-D C + expm1(-D) A - D B'      A' = A - D L2      P' = e^-D (P - D L1)
     L1' = e^-D L1
+
+Sums that cannot be brought there (D beyond 30, a weight above e^30), or whose digits cancel on the way (C' far below
+e^-D C), are taken once more, with M and c known: the running ones need only be right where nothing was lost.
 """
 
 import triton
@@ -18,6 +21,7 @@ from alum_kernels.backends.triton.divergence import (
     NARROW,
     NO_WEIGHT,
     REGULAR,
+    VANISHED,
     apart,
     classes_of,
     kind_of,
@@ -46,6 +50,21 @@ def _block(
 
 
 @triton.jit
+def _narrow_sums(b, d, dead, max_b, inv_temperature):
+    """What a block adds to (L1, L2, P, A, B, C), from b and d = (a - b) - c over the temperature."""
+    # what is held at 1 + NARROW belongs to a row that is read again
+    w1, w2, gain = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0, d, NARROW + 1.0)
+    return (
+        tl.sum(w1, 0).to(tl.float64),
+        tl.sum(w2, 0).to(tl.float64),
+        tl.sum(w1 * d, 0).to(tl.float64),
+        tl.sum(w2 * d, 0).to(tl.float64),
+        tl.sum(gain, 0).to(tl.float64),
+        tl.sum(gain * d, 0).to(tl.float64),
+    )
+
+
+@triton.jit
 def analyse_stream(
     first_row,  # (V,) of a row: a, or a - b with DIFFERENCES
     b_row,  # (V,) of a row
@@ -67,7 +86,7 @@ def analyse_stream(
     sum_b = tl.full((), 0.0, tl.float64)
     sum_c = tl.full((), 0.0, tl.float64)
     sum_p = tl.full((), 0.0, tl.float64)
-    wide = tl.full((), 0, tl.int32)
+    again = tl.full((), 0, tl.int32)  # whether the running sums are not those of the row
     kind = tl.full((), 0, tl.int32)
     for start in range(0, length, BLOCK):
         column, a, b, difference = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
@@ -80,34 +99,32 @@ def analyse_stream(
         block_c = tl.sum(tl.where(column == start + tl.argmax(b, 0), difference, 0.0), 0)
         grows = block_b > max_b
         new_b, new_c = tl.where(grows, block_b, max_b), tl.where(grows, block_c, c)
-        max_a = tl.maximum(max_a, tl.max(a, 0))
 
-        # bring the sums so far to the new largest b; those that vanish against it are dropped, whatever they hold
+        # bring the sums so far to the new largest b; those that vanish against it on both sides are dropped
         shift = (new_c - c) * inv_temperature
         fall = exp_sum((max_b - new_b) * inv_temperature, shift * 0.0)
         kept = (fall > 0.0) & (max_b > -INFINITY)
-        wide = tl.where(kept, tl.where(tl.abs(shift) > NARROW, 1, wide), 0)
+        largest_w1 = ((max_a - new_b) - new_c) * inv_temperature
+        again = tl.where(kept, tl.where(tl.abs(shift) > NARROW, 1, again), (largest_w1 > VANISHED).to(tl.int32))
         shift = tl.where(kept & (tl.abs(shift) <= NARROW), shift, 0.0)
-        fall = tl.where(kept, fall, 0.0).to(tl.float64)
+        fall = fall.to(tl.float64)
         lift, change = exp_sum(-shift, shift * 0.0).to(tl.float64), expm1(-shift).to(tl.float64)
         shift64 = shift.to(tl.float64)
         new_sum_b = fall * (lift * sum_b + change * l2)
-        sum_c = fall * (lift * sum_c + change * sum_a) - shift64 * new_sum_b
-        sum_a = fall * (sum_a - shift64 * l2)
-        sum_p = fall * lift * (sum_p - shift64 * l1)
-        l1, l2, sum_b = fall * lift * l1, fall * l2, new_sum_b
-        max_b, c = new_b, new_c
+        new_sum_c = fall * (lift * sum_c + change * sum_a) - shift64 * new_sum_b
+        again = tl.where(kept & (fall * lift * sum_c > CANCELLED * new_sum_c), 1, again)
+        # a dropped sum may be infinite
+        sum_b, sum_c = tl.where(kept, new_sum_b, 0.0), tl.where(kept, new_sum_c, 0.0)
+        sum_a = tl.where(kept, fall * (sum_a - shift64 * l2), 0.0)
+        sum_p = tl.where(kept, fall * lift * (sum_p - shift64 * l1), 0.0)
+        l1, l2 = tl.where(kept, fall * lift * l1, 0.0), tl.where(kept, fall * l2, 0.0)
+        max_a, max_b, c = tl.maximum(max_a, tl.max(a, 0)), new_b, new_c
 
-        wide = tl.where(((max_a - max_b) - c) * inv_temperature > NARROW, 1, wide)
+        again = tl.where(((max_a - max_b) - c) * inv_temperature > NARROW, 1, again)
         d = tl.where(dead, 0.0, (difference - c) * inv_temperature)
-        # what is held at 1 + NARROW belongs to a wide row
-        w1, w2, gain = weights(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0, d, NARROW + 1.0)
-        l1 += tl.sum(w1, 0).to(tl.float64)
-        l2 += tl.sum(w2, 0).to(tl.float64)
-        sum_p += tl.sum(w1 * d, 0).to(tl.float64)
-        sum_a += tl.sum(w2 * d, 0).to(tl.float64)
-        sum_b += tl.sum(gain, 0).to(tl.float64)
-        sum_c += tl.sum(gain * d, 0).to(tl.float64)
+        more = _narrow_sums(b, d, dead, max_b, inv_temperature)
+        l1, l2, sum_p, sum_a = l1 + more[0], l2 + more[1], sum_p + more[2], sum_a + more[3]
+        sum_b, sum_c = sum_b + more[4], sum_c + more[5]
 
     if kind == 2:
         # looked at here, since another value through the loop above would spill
@@ -117,32 +134,40 @@ def analyse_stream(
             clean = tl.maximum(clean, tl.max((b > -INFINITY).to(tl.int32), 0))
         kind = tl.where(clean != 0, kind, 0)
     undefined = kind != REGULAR
-    if (wide != 0) & (undefined == 0):
-        # one side underflows against the other: a maximum for each
+    gap = (max_a.to(tl.float64) - max_b.to(tl.float64) - c.to(tl.float64)) * inv_temperature
+    wide = gap > NARROW
+    if (wide | (again != 0)) & (undefined == 0):
         l1 = tl.full((), 0.0, tl.float64)
         l2 = tl.full((), 0.0, tl.float64)
         sum_a = tl.full((), 0.0, tl.float64)
+        sum_b = tl.full((), 0.0, tl.float64)
+        sum_c = tl.full((), 0.0, tl.float64)
         sum_p = tl.full((), 0.0, tl.float64)
         for start in range(0, length, BLOCK):
             column, a, b, difference = _block(first_row, b_row, bias, start, length, DIFFERENCES, HAS_BIAS, BLOCK)
             dead = b == -INFINITY
             d = tl.where(dead, 0.0, (difference - c) * inv_temperature)
-            w1 = exp_sum(tl.where(dead, NO_WEIGHT, (a - max_a) * inv_temperature), d * 0.0)
-            w2 = exp_sum(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0)
-            l1 += tl.sum(w1, 0).to(tl.float64)
-            l2 += tl.sum(w2, 0).to(tl.float64)
-            sum_a += tl.sum(w2 * d, 0).to(tl.float64)
-            sum_p += tl.sum(w1 * d, 0).to(tl.float64)
+            if wide:
+                # one side underflows against the other: a maximum for each
+                w1 = exp_sum(tl.where(dead, NO_WEIGHT, (a - max_a) * inv_temperature), d * 0.0)
+                w2 = exp_sum(tl.where(dead, NO_WEIGHT, (b - max_b) * inv_temperature), d * 0.0)
+                l1 += tl.sum(w1, 0).to(tl.float64)
+                l2 += tl.sum(w2, 0).to(tl.float64)
+                sum_a += tl.sum(w2 * d, 0).to(tl.float64)
+                sum_p += tl.sum(w1 * d, 0).to(tl.float64)
+            else:
+                more = _narrow_sums(b, d, dead, max_b, inv_temperature)
+                l1, l2, sum_p, sum_a = l1 + more[0], l2 + more[1], sum_p + more[2], sum_a + more[3]
+                sum_b, sum_c = sum_b + more[4], sum_c + more[5]
 
     l1, l2 = tl.where(undefined | (l1 <= 0.0), 1.0, l1), tl.where(undefined | (l2 <= 0.0), 1.0, l2)
     mean_p, mean_q = sum_p / l1, sum_a / l2
-    gap = (max_a.to(tl.float64) - max_b.to(tl.float64) - c.to(tl.float64)) * inv_temperature
-    change = tl.where((wide != 0) | undefined, 0.0, sum_b / l2).to(tl.float32)
+    change = tl.where(wide | undefined, 0.0, sum_b / l2).to(tl.float32)
     own = log((l1 / l2).to(tl.float32))
     near = log1p(tl.where(change > -0.5, change, 0.0))
-    log_ratio = tl.where(wide != 0, gap.to(tl.float32) + own, tl.where(change > -0.5, near, own))
-    common = tl.where(wide != 0, mean_q, mean_q * (sum_b / l1))
-    loss = tl.where(wide != 0, mean_p, sum_c / l1) - common
+    log_ratio = tl.where(wide, gap.to(tl.float32) + own, tl.where(change > -0.5, near, own))
+    common = tl.where(wide, mean_q, mean_q * (sum_b / l1))
+    loss = tl.where(wide, mean_p, sum_c / l1) - common
     by_terms = (undefined == 0) & (tl.abs(common) > CANCELLED * loss)
     if DIVERGENCE == "kl":
         by_terms = True

@@ -3,7 +3,7 @@
     _tile_rows      rows of up to 2,048 classes in registers: three sweeps over values that were read once
                     (``exact_row.py``)
     _stream_rows    longer rows, in blocks: one sweep that keeps running sums against the largest b seen so far, and a
-                    second one where a side underflows against the other (``long_row.py``)
+                    second one where those lose digits or a side underflows against the other (``long_row.py``)
     _gradient       from the five floats of each row, element by element
 
 Both loss kernels write the gradients in the same launch where they are wanted; the stream reads its row again for them.
