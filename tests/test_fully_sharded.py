@@ -148,6 +148,25 @@ def test_parameters_that_a_forward_of_the_callers_left_gathered(fused, mesh):
     assert torch.equal(*results)
 
 
+def test_parameters_that_were_gathered_after_a_first_step_that_failed(mesh):
+    """The mesh is asked for where a batch first goes through the head, which is later than the first look."""
+    batch, results = tiny_models.masked_lm_batch(), []
+    for fails in (False, True):
+        model = sharded(tiny_models.bert_masked_lm(), mesh, units=False, reshard_after_forward=False)
+        objective = AdversarialObjective(
+            model, MOVED.replace(fused_head=True), process_group=torch.distributed.group.WORLD
+        )
+        if fails:
+            with pytest.raises(ValueError, match=r"^batch: expected 'labels'"):
+                objective.backward({name: value for name, value in batch.items() if name != "labels"})
+            with torch.no_grad():
+                model(**batch)
+        objective.backward(batch, seed=torch.tensor([3]))
+        results.append(torch.cat([rank_cases.whole(p.grad).flatten() for p in model.parameters()]))
+    assert results[0].norm() > 1e-3
+    assert torch.equal(*results)
+
+
 def test_a_loss_of_the_callers_does_not_use_a_sharded_head(mesh):
     """Which is not gathered where that loss would take it."""
     batch = tiny_models.masked_lm_batch()

@@ -33,7 +33,8 @@ def class_as_written(module: nn.Module) -> type:
 
 
 def mesh_of(model: nn.Module) -> Any:
-    """The mesh over whose ranks ``fully_shard`` splits a model that :func:`check_parallelism` passed, at rest."""
+    """The mesh over whose ranks ``fully_shard`` splits a model that :func:`check_parallelism` passed."""
+    _units_at_rest(model)
     return next(parameter.device_mesh for _, parameter in _split_parameters(model))
 
 
@@ -128,10 +129,7 @@ def _shards(model: nn.Module) -> int:
     Raises:
         ValueError: parameters are split in another way as well.
     """
-    held = set()
-    for unit in _units(model):
-        unit.reshard()  # a forward of the caller's may have left them gathered
-        held |= {id(parameter) for parameter in unit.parameters()}
+    held = {id(parameter) for unit in _units_at_rest(model) for parameter in unit.parameters()}
     meshes = []
     for name, parameter in _split_parameters(model):
         replicas = [placement.is_replicate() for placement in parameter.placements]
@@ -160,6 +158,14 @@ def _units(model: nn.Module) -> Iterator[Any]:
     """The modules that ``fully_shard`` was applied to."""
     kind = imported("torch.distributed.fsdp", "FSDPModule")
     return iter(()) if kind is None else (module for module in model.modules() if isinstance(module, kind))
+
+
+def _units_at_rest(model: nn.Module) -> list[Any]:
+    """The same, their parameters split: a forward of the caller's may have left them gathered."""
+    units = list(_units(model))
+    for unit in units:
+        unit.reshard()
+    return units
 
 
 def _split_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
