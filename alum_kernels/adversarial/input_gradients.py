@@ -7,12 +7,15 @@ from torch import Tensor
 
 
 def input_gradients(
-    outputs: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], upstream: Tensor | Sequence[Tensor], **options: bool
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    upstream: Tensor | Sequence[Tensor] | None,
+    **options: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``upstream`` . outputs to ``inputs``, None where there is none; no parameter gets one.
 
     Args:
-        outputs, inputs, upstream: as ``torch.autograd.grad`` takes them.
+        outputs, inputs, upstream: as ``torch.autograd.grad`` takes them; None stands for the 1 of a scalar.
         options: its ``create_graph`` and ``retain_graph``.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from alum_kernels.adversarial.captured import CapturedStep
 from alum_kernels.adversarial.config import AdversarialConfig
-from alum_kernels.adversarial.heads import Head, detect_head
+from alum_kernels.adversarial.heads import Head, head_of
 from alum_kernels.adversarial.linear_head import LinearHead
 from alum_kernels.adversarial.local_linearity import check_second_derivatives
 from alum_kernels.adversarial.model_state import RandomState, device_of, has_static_graph, original, unwrap
@@ -360,9 +360,9 @@ class AdversarialObjective:
 def _head_of(model: nn.Module, name: str | None, config: AdversarialConfig) -> Head | None:
     """The head that is named, or recognised; a method that compares no predictions does without."""
     if name is not None:
-        return Head(name)
+        Head(name)  # a wrong name is refused whatever the method
     try:
-        return detect_head(model)
+        return head_of(model, name)
     except ValueError:
         if config.compares:
             raise

@@ -13,6 +13,9 @@ from alum_kernels.backends.linear_chunks import CHUNK_BYTES_VARIABLE, chunk_budg
 
 _BEGINNING = "out of memory in a step over a batch of "
 
+ADVISED = "What needs less"
+"""What a message with advice has in it."""
+
 REFUSALS = (torch.OutOfMemoryError, MemoryError, RuntimeError)
 """Types of an allocator's refusals, the more special first: CUDA's, the host's and PyTorch's of the CPU."""
 
@@ -62,7 +65,7 @@ def _advice(batch: Mapping[str, Any], config: AdversarialConfig, device: torch.d
     if config.memory != "low" and _may_be_low(config):
         cures.append("AdversarialConfig(memory='low'), which holds one graph at a time")
     cures.append("fewer samples in a batch and as many more gradient accumulation steps")
-    return f"{_shape(batch)} on {device}. What needs less: {'; '.join(cures)}"
+    return f"{_shape(batch)} on {device}. {ADVISED}: {'; '.join(cures)}"
 
 
 def _may_be_low(config: AdversarialConfig) -> bool:

@@ -115,7 +115,7 @@ def perturbed_sites(
     within_decoder = set(model.get_decoder().modules()) if two_sided else set()
     if names:
         for name in names:
-            if name not in everything:
+            if not name or name not in everything:  # the model itself has no name
                 raise ValueError(f"modules: {type(model).__name__} has no module named {name!r}")
         return [Site(name, everything[name], decoder=everything[name] in within_decoder) for name in names]
     if side != "encoder" and not two_sided:

@@ -40,6 +40,10 @@ def run_program(module: str, arguments: Sequence[str], called: str) -> int:
     sys.argv = [called, *arguments]
     try:
         return importlib.import_module(name).main()
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # such as of a file that it cannot write
+        raise CommandError(str(error), status=1) from error
     except ModuleNotFoundError as error:
         raise CommandError(f"{name} needs the package {error.name}: pip install {error.name}") from error
     finally:

@@ -9,16 +9,25 @@ from typing import Any
 import torch
 
 from alum_kernels.commands.errors import CommandError
-from alum_kernels.corpora import CorpusError
+from alum_kernels.commands.failures import check_one_process, in_one_line
+from alum_kernels.commands.parser import checked
 from alum_kernels.evaluation import accuracy_under_attack, largest_loss_increase, local_smoothness
-from alum_kernels.training import atomic
+from alum_kernels.training import atomic, values
 from alum_kernels.training.data import numbered, read_held_out, samples_of
 from alum_kernels.training.errors import TrainingError, WriteError
 from alum_kernels.training.loop import batches_in_order, chosen_device
-from alum_kernels.training.models import load_model, load_tokenizer, read_config
+from alum_kernels.training.models import check_length, load_model, load_tokenizer, read_config, trained_folder
 from alum_kernels.training.precision import Precision
 from alum_kernels.training.scores import scores
-from alum_kernels.training.settings import CAUSAL_LM, CLASSIFICATION, LABELLED, MASKED_LM, REGRESSION, Settings
+from alum_kernels.training.settings import (
+    CAUSAL_LM,
+    CLASSIFICATION,
+    LABELLED,
+    MASKED_LM,
+    MOST_THREADS,
+    REGRESSION,
+    Settings,
+)
 
 ENDINGS = {
     "ForSequenceClassification": CLASSIFICATION,
@@ -30,6 +39,9 @@ ENDINGS = {
 
 NORMS = ("linf", "l2")
 
+RADIUS = values.number(above=True, most=1e38)
+"""Of the ball. Perturbations are fp32, a step of 2.5 radii included."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -37,37 +49,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="held-out data: .tsv, .csv, .jsonl or .txt, or hub:NAME")
     parser.add_argument("--text", default="", help="columns of the text, one or two")
     parser.add_argument("--label", default="", help="column of the label")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples of a batch (%(default)s)")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sample at most (%(default)s)")
-    parser.add_argument("--epsilon", type=float, default=5e-3, help="radius of the ball (%(default)s)")
+    count, width = checked(values.whole(1)), checked(values.whole(8))
+    parser.add_argument("--batch-size", type=count, default=16, help="samples of a batch (%(default)s)")
+    parser.add_argument("--length", type=width, default=128, help="tokens of a sample at most (%(default)s)")
+    parser.add_argument("--epsilon", type=checked(RADIUS), default=5e-3, help="radius of the ball (%(default)s)")
     parser.add_argument("--norm", choices=NORMS, default="linf", help="of the ball (%(default)s)")
-    parser.add_argument("--attack-steps", type=int, default=3, help="ascent steps (%(default)s)")
-    parser.add_argument("--attack-samples", type=int, default=64, help="first samples, attacked; 0: none (%(default)s)")
+    none_or_more = checked(values.whole(0))
+    parser.add_argument("--attack-steps", type=none_or_more, default=3, help="ascent steps (%(default)s)")
+    parser.add_argument(
+        "--attack-samples", type=none_or_more, default=64, help="first samples, attacked; 0: none (%(default)s)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where it is)")
-    parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--seed", type=int, default=0, help="of the random starts and of masks (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--threads", type=checked(values.whole(1, MOST_THREADS)), help="of the CPU")
+    parser.add_argument("--seed", type=none_or_more, default=0, help="of the random starts and of masks (%(default)s)")
+    parser.add_argument("--json", type=checked(values.path), metavar="FILE", help="also write the figures there")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a table of the figures."""
-    for name, least in (("batch_size", 1), ("length", 8), ("attack_steps", 0), ("attack_samples", 0)):
-        if getattr(arguments, name) < least:
-            raise CommandError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(arguments, name)}")
-    if not arguments.epsilon > 0:
-        raise CommandError(f"--epsilon: expected more than 0, got {arguments.epsilon}")
-    try:
+    check_one_process("start it as one")
+    with in_one_line("a smaller --batch-size or --length"):
         figures = measured(arguments)
-    except (TrainingError, CorpusError) as error:
-        raise CommandError(str(error)) from error
     width = max(map(len, figures["figures"]))
     print(f"{arguments.model} on {arguments.data}: {figures['task']}, {figures['samples']} samples")
     for name, value in figures["figures"].items():
         print(f"  {name.replace('_', ' '):{width}}  {value:.6g}")
     if arguments.json is not None:
+        path = Path(arguments.json)
         try:
-            with atomic.writing(arguments.json):
-                arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            with atomic.writing(path):
+                path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         except WriteError as error:
             raise CommandError(f"--json: {error}", status=1) from error
     return 0
@@ -81,12 +92,12 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    folder = arguments.model / "model" if (arguments.model / "model").is_dir() else arguments.model
+    folder = trained_folder(arguments.model)
     config = read_config(folder)
     task = task_of(config, folder)
     settings = Settings.of(
         {
-            "task": task, "train": arguments.data, "dev": arguments.data, "output": str(folder), "seed": arguments.seed,
+            "task": task, "train": arguments.data, "dev": arguments.data, "output": "none", "seed": arguments.seed,
             "length": arguments.length, "text": arguments.text.split(",") if arguments.text else (),
             "label": arguments.label,
         }
@@ -99,6 +110,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     model = load_model(str(folder), task, tokenizer).to(device).eval()
     samples = samples_of(content, settings, tokenizer, held_out=True)
     batches = batches_in_order(samples, arguments.batch_size)
+    check_length(model, arguments.length, max(batch["input_ids"].shape[1] for batch in batches))
     figures = scores(model, batches, task, Precision("fp32", device))
     attacked = batches[: -(-arguments.attack_samples // arguments.batch_size)]
     if attacked:

@@ -5,10 +5,24 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from alum_kernels.training.values import Convert
+
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The valid name that looks most like one that is not."""
     return difflib.get_close_matches(name, list(valid), n=1, cutoff=0.0)[0]
+
+
+def checked(convert: Convert) -> Convert:
+    """A converter of settings (:mod:`alum_kernels.training.values`) as the ``type`` of an argument."""
+
+    def converted(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return converted
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -6,6 +6,8 @@ from typing import Any
 
 from alum_kernels.backends import native
 from alum_kernels.commands.errors import CommandError
+from alum_kernels.commands.parser import checked
+from alum_kernels.training import values
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -29,6 +31,9 @@ ARCHITECTURES = (
     Architecture("10.0", "B200", 227, 148),
     Architecture("12.0", "RTX 50", 99, 170),
 )
+
+COUNT = checked(values.whole(1, (1 << 31) - 1))
+"""Type of the options that count."""
 
 PATHS = {
     "tile": "a thread a row, rows staged in tiles",
@@ -93,18 +98,11 @@ def lines(vocab: int, dtype: str, rows: int, capability: str | None = None) -> l
     return out + [f"{path:10}{PATHS[path]}" for path in used]
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--vocab", type=_positive, required=True, help="classes of a row")
+    parser.add_argument("--vocab", type=COUNT, required=True, help="classes of a row")
     parser.add_argument("--dtype", choices=ELEMENT_BYTES, default="bf16", help="of the logits (%(default)s)")
-    parser.add_argument("--rows", type=_positive, default=4096, help="rows of a call (%(default)s)")
+    parser.add_argument("--rows", type=COUNT, default=4096, help="rows of a call (%(default)s)")
     parser.add_argument(
         "--device-capability", choices=[a.capability for a in ARCHITECTURES], help="one architecture (all of them)"
     )

@@ -7,7 +7,6 @@ FOLDER, and its losses are those of one that was not (on a CPU bit for bit).
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,18 @@ from typing import Any
 import torch
 
 from alum_kernels.adversarial.config import AdversarialConfig
-from alum_kernels.adversarial.finite import NonFiniteError
-from alum_kernels.adversarial.out_of_memory import refused_memory
 from alum_kernels.commands.errors import CommandError
+from alum_kernels.commands.failures import check_one_process, in_one_line
 from alum_kernels.commands.invocation import again
 from alum_kernels.commands.parser import nearest
-from alum_kernels.corpora import CorpusError, read_settings
-from alum_kernels.training import atomic, run_folder
+from alum_kernels.corpora import read_settings
+from alum_kernels.training import atomic, run_folder, values
 from alum_kernels.training.checkpoint import Checkpoints
 from alum_kernels.training.data import read_data
-from alum_kernels.training.errors import TrainingError, WriteError
+from alum_kernels.training.errors import TrainingError
 from alum_kernels.training.loop import Training
 from alum_kernels.training.methods import CONSTANTS, check_resumable, method_config
-from alum_kernels.training.settings import Settings, names, options
+from alum_kernels.training.settings import Settings, converted, names, options
 from alum_kernels.training.stopping import StopRequest
 
 
@@ -57,30 +55,20 @@ def _text(value: Any) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; the exit code is 0, 1 where the training failed on its way, or 130 or 143 after a signal."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise CommandError(
-            "expected one process, got WORLD_SIZE > 1: a checkpoint of this command holds the generators of one; "
-            "several processes train with alum_kernels.integrations.transformers.AdversarialTrainer"
-        )
-    try:
+    check_one_process(
+        "a checkpoint of this command holds the generators of one; several train with "
+        "alum_kernels.integrations.transformers.AdversarialTrainer, or in a loop as docs/distributed.md and "
+        "examples/distributed_loop.py have it"
+    )
+    with in_one_line("a smaller --batch-size with a larger --accumulation, or --gradient-checkpointing"):
         return _train(arguments)
-    except NonFiniteError as error:
-        raise CommandError(f"{error}; the last checkpoint is from before that", status=1) from error
-    except (RuntimeError, MemoryError) as error:
-        if not refused_memory(error):
-            raise
-        raise CommandError(str(error), status=1) from error
-    except WriteError as error:
-        raise CommandError(str(error), status=1) from error
-    except (TrainingError, CorpusError) as error:
-        raise CommandError(str(error)) from error
 
 
 def _train(arguments: argparse.Namespace) -> int:
     given = given_settings(arguments)
     if "output" not in given:
         raise TrainingError("output: expected a folder, got none; it has no default")
-    folder = Path(str(given["output"]))
+    folder = Path(converted("output", values.path, given))
     resume = arguments.resume and not arguments.overwrite and run_folder.begun(folder)
     if arguments.resume and not resume:
         print(f"{folder}: nothing to go on with, a new run begins", file=sys.stderr)
@@ -132,9 +120,14 @@ def _run(settings: Settings, config: AdversarialConfig | None, folder: Path, *, 
     run_folder.write_begin(folder, settings, record)
     print(training.summary, flush=True)
     with StopRequest() as stop:
-        outcome = training.run(stop)
+        command = again(["train", "--output", str(folder), "--resume"])
+        try:
+            outcome = training.run(stop)
+        except KeyboardInterrupt as error:
+            raise CommandError(
+                f"interrupted within a step, which is not saved; go on with: {command}", stop.exit_code
+            ) from error
         if not outcome.finished:
-            command = again(["train", "--output", str(folder), "--resume"])
             _say(f"{stop.received.name}: step {outcome.step} of {training.total} is saved; go on with: {command}")
             return stop.exit_code
         _finish(training, folder, outcome.dev)

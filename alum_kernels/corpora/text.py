@@ -96,11 +96,11 @@ def shown(text: str, most: int = 60) -> str:
 
 
 def _read_bytes(path: Path) -> bytes:
-    if path.is_dir():
-        raise CorpusError(f"{path}: expected a file, got a directory")
     try:
         with open(path, "rb") as file:
             return file.read()
+    except IsADirectoryError as error:
+        raise CorpusError(f"{path}: expected a file, got a directory") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
         raise CorpusError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from alum_kernels.adversarial.heads import HEADS, Head, detect_head
+from alum_kernels.adversarial.heads import HEADS, Head, head_of
 from alum_kernels.adversarial.hooks import PerturbationHooks
 from alum_kernels.adversarial.model_state import device_of, dropout_off, unwrap
 from alum_kernels.adversarial.predictions import FP16_GRAD_SCALE
@@ -73,7 +73,7 @@ def attacking(
     """
     check_choice("level", search.level, levels)
     model = unwrap(model)
-    head = detect_head(model) if search.head is None else Head(search.head)
+    head = head_of(model, search.head)
     check_choice("head", head.name, heads)
     hooks = PerturbationHooks(perturbed_sites(model, search.modules))
     try:

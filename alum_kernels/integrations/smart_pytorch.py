@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from alum_kernels.adversarial.input_gradients import input_gradients
 from alum_kernels.integrations.rescaled_ascent import rescaled_ascent
 from alum_kernels.ops.checks import check_choice, check_count, check_magnitude
 from alum_kernels.ops.symmetric_kl import kl, symmetric_kl
@@ -100,6 +101,10 @@ class SMARTLoss(nn.Module):
         Args:
             embed: (..., H) embeddings.
             state: ``eval_fn(embed)``.
+
+        Raises:
+            ValueError: what ``eval_fn`` returns does not depend on its embeddings, or it has layers that are
+                checkpointed with ``use_reentrant=True``.
         """
         delta = torch.randn_like(embed, dtype=torch.promote_types(embed.dtype, torch.float32)) * self.noise_var
         perturbed = _moved(embed, delta)
@@ -107,7 +112,9 @@ class SMARTLoss(nn.Module):
             leaf = perturbed.detach().requires_grad_()
             with torch.enable_grad():  # of a copy, which the function may change in place
                 loss = self.loss_fn(self.eval_fn(leaf.clone()), state.detach())
-            (grad,) = torch.autograd.grad(loss, leaf)
+            (grad,) = input_gradients(loss, [leaf], None)
+            if grad is None:
+                raise ValueError("eval_fn: expected a function of the embeddings that it is given, got one of none")
             perturbed, delta = self._ascend(embed, grad, delta)
         return self.loss_last_fn(self.eval_fn(perturbed), state)
 

@@ -257,7 +257,8 @@ def chosen_device(name: str | None) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise TrainingError(f"device: expected one that is here, got {name!r}: {str(error).splitlines()[0]}") from error
+        torch.ones(1, device=device).item()  # of meta tensors, which hold nothing, there is no value
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]  # PyTorch goes on with all the kinds that there are
+        raise TrainingError(f"device: expected one that is here, got {name!r}: {reason}") from error
     return device

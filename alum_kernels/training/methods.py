@@ -9,6 +9,7 @@ from torch import nn
 from alum_kernels.adversarial.config import PRESETS, AdversarialConfig
 from alum_kernels.adversarial.objectives import AdversarialObjective
 from alum_kernels.adversarial.presets import FREELB_GLUE
+from alum_kernels.ops.dispatch import BackendUnavailableError, choose
 from alum_kernels.training.errors import MethodError
 
 STANDARD = "standard"
@@ -60,10 +61,14 @@ def adversarial_objective(model: nn.Module, config: AdversarialConfig | None) ->
     """The objective of a method, None for standard training.
 
     Raises:
-        MethodError: the method has no meaning for this model.
+        MethodError: the method has no meaning for this model, or its backend does not serve the model's device.
     """
     if config is None:
         return None
+    try:
+        choose("noise_init", config.backend, next(model.parameters()))
+    except BackendUnavailableError as error:
+        raise MethodError(str(error)) from error
     try:
         return AdversarialObjective(model, config)
     except ValueError as error:

@@ -63,11 +63,16 @@ def check_source(source: str) -> None:
         TrainingError: a path that is no such folder.
     """
     path = Path(source)
-    if path.is_dir() and not (path / "config.json").is_file():
+    try:
+        folder, file, there = path.is_dir(), path.is_file(), path.exists()
+        whole = folder and (path / "config.json").is_file()
+    except OSError as error:
+        raise TrainingError(f"model: {source}: {error.strerror or error}") from error
+    if folder and not whole:
         raise TrainingError(f"model: expected a folder with a config.json, got {source}, which has none")
-    if path.is_file():
+    if file:
         raise TrainingError(f"model: expected a folder, got the file {source}")
-    if not path.exists() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
+    if not there and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
         raise TrainingError(f"model: expected a folder or a name of the Hub, got {source}, which does not exist")
 
 
@@ -125,21 +130,23 @@ def aligned(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_length(model: nn.Module, length: int) -> None:
+def check_length(model: nn.Module, length: int, longest: int | None = None) -> None:
     """Refuse samples for which a model has no positions; one that computes them, as rotary ones do, has no limit.
 
     Args:
         model: of transformers.
         length: tokens of a sample at most.
+        longest: tokens of the longest sample, where that is known; no shorter ones are refused then.
 
     Raises:
         TrainingError: a table of the model's positions is shorter.
     """
+    needed = length if longest is None else min(length, longest)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in POSITION_TABLES:
             # tables of RoBERTa's kind begin behind the padding's place, of OPT's and BART's after a constant
             unused = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
-            if length > module.num_embeddings - unused:
+            if needed > module.num_embeddings - unused:
                 raise TrainingError(
                     f"length: expected at most {module.num_embeddings - unused}, the positions of "
                     f"{type(model).__name__}, got {length}"
@@ -155,6 +162,19 @@ def checkpoint_activations(model: nn.Module) -> None:
         model.gradient_checkpointing_enable(how)
 
 
+def trained_folder(path: Path) -> Path:
+    """The folder of the model in a run, or the folder itself where that is of a model or a checkpoint.
+
+    Raises:
+        TrainingError: the system knows no such name.
+    """
+    inner = path / "model"
+    try:
+        return inner if inner.is_dir() else path
+    except OSError as error:
+        raise TrainingError(f"model: {path}: {error.strerror or error}") from error
+
+
 def read_config(folder: Path) -> Mapping[str, Any]:
     """The configuration of a saved model.
 
@@ -162,10 +182,14 @@ def read_config(folder: Path) -> Mapping[str, Any]:
         TrainingError: it has none that can be read.
     """
     check_source(str(folder))
+    path = folder / "config.json"
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"model: {folder / 'config.json'}: {error}") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrainingError(f"model: {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise TrainingError(f"model: {path}: expected an object, got {type(found).__name__}")
+    return found
 
 
 def _loaded(kind: str, source: str, **options: Any) -> Any:

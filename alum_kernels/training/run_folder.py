@@ -31,8 +31,15 @@ SETTINGS, RECORD, MODEL, RESULTS = "settings.json", "record.json", "model", "res
 
 
 def begun(folder: Path) -> bool:
-    """Whether a run began there."""
-    return (folder / SETTINGS).is_file()
+    """Whether a run began there.
+
+    Raises:
+        TrainingError: the system knows no such name.
+    """
+    try:
+        return (folder / SETTINGS).is_file()
+    except OSError as error:
+        raise TrainingError(f"output: {folder}: {error.strerror or error}") from error
 
 
 @contextmanager

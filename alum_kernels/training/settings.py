@@ -13,6 +13,7 @@ CLASSIFICATION, REGRESSION, MASKED_LM, CAUSAL_LM = TASKS = ("classification", "r
 """What a model is trained to predict."""
 
 LABELLED = (CLASSIFICATION, REGRESSION)
+MOST_THREADS = 1 << 16
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -28,12 +29,12 @@ class Settings:
     dev: str | None = _setting(None, values.optional(values.text), "development data, evaluated now and then")
     task: str = _setting(CLASSIFICATION, values.choice(*TASKS), f"one of {', '.join(TASKS)}")
     model: str | None = _setting(
-        None, values.optional(values.text), "folder or Hub name of a pretrained model (default: the bundled MiniLM)"
+        None, values.optional(values.path), "folder or Hub name of a pretrained model (default: the bundled MiniLM)"
     )
     method: str = _setting("standard", values.text, f"one of {', '.join(METHODS)}")
-    text: tuple[str, ...] = _setting((), values.words, "columns of the text, one or two")
+    text: tuple[str, ...] = _setting((), values.columns, "columns of the text, one or two")
     label: str = _setting("", str, "column of the label")
-    output: str = _setting(None, values.text, "folder of checkpoints, log and trained model")
+    output: str = _setting(None, values.path, "folder of checkpoints, log and trained model")
 
     steps: int | None = _setting(None, values.optional(values.whole(1)), "optimizer steps (default: from the epochs)")
     epochs: float = _setting(3.0, values.number(above=True), "passes over the training data")
@@ -50,7 +51,7 @@ class Settings:
     precision: str = _setting("fp32", values.choice(*PRECISIONS), f"of the passes: one of {', '.join(PRECISIONS)}")
     gradient_checkpointing: bool = _setting(False, values.switch, "recompute activations instead of keeping them")
     device: str | None = _setting(None, values.optional(values.text), "cpu, cuda, cuda:1 (default: cuda where it is)")
-    threads: int | None = _setting(None, values.optional(values.whole(1, 1 << 16)), "of the CPU")
+    threads: int | None = _setting(None, values.optional(values.whole(1, MOST_THREADS)), "of the CPU")
     seed: int = _setting(0, values.whole(0), "of a new head, the order, dropout, masks and noise")
 
     log_every: int = _setting(10, values.whole(1), "steps between two lines of the log")
@@ -68,20 +69,17 @@ class Settings:
         Raises:
             TrainingError: a value that does not fit, or one missing that has no default, by the name of the setting.
         """
-        converted: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for option in options():
             if option.name in given:
-                try:
-                    converted[option.name] = option.metadata["convert"](given[option.name])
-                except ValueError as error:
-                    raise TrainingError(f"{option.name}: {error}") from error
+                found[option.name] = converted(option.name, option.metadata["convert"], given)
             elif option.name in REQUIRED:
                 raise TrainingError(f"{option.name}: expected a value, got none; it has no default")
-        constants = {name: values.parsed(given[name]) for name in CONSTANTS if name in given}
+        constants = {name: converted(name, values.constant, given) for name in CONSTANTS if name in given}
         for name in ("modules", "excluded_tokens"):  # of one member, or with commas
             if name in constants and not isinstance(constants[name], list | tuple):
                 constants[name] = [values.parsed(part) for part in str(constants[name]).split(",")]
-        return cls(**converted, constants=constants)
+        return cls(**found, constants=constants)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :meth:`of` takes, every setting in it."""
@@ -90,6 +88,18 @@ class Settings:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in (*plain.items(), *self.constants.items())
         }
+
+
+def converted(name: str, convert: values.Convert, given: Mapping[str, Any]) -> Any:
+    """One of the values that were written, as what it means.
+
+    Raises:
+        TrainingError: it does not fit, by the name of the setting.
+    """
+    try:
+        return convert(given[name])
+    except ValueError as error:
+        raise TrainingError(f"{name}: {error}") from error
 
 
 REQUIRED = ("train", "output")

@@ -6,7 +6,7 @@ A command line has text only; YAML reads ``1e-3`` as text. Each converter takes 
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Convert = Callable[[Any], Any]
@@ -28,6 +28,18 @@ def text(value: Any) -> str:
     if isinstance(value, str) and value:
         return value
     raise ValueError(f"expected text, got {value!r}")
+
+
+def path(value: Any) -> str:
+    """The name of a file or a folder, or of something elsewhere."""
+    found = text(value)
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:  # libraries take UTF-8 only; a shell's other bytes come as surrogates
+        raise ValueError(f"expected a name in UTF-8, which a locale such as C.UTF-8 reads, got {value!r}") from error
+    if "\0" in found:
+        raise ValueError(f"expected a name without NUL, got {value!r}")
+    return found
 
 
 def whole(least: int, most: int = (1 << 63) - 1) -> Convert:
@@ -71,6 +83,26 @@ def choice(*options: str) -> Convert:
     return convert
 
 
+def constant(value: Any) -> Any:
+    """A constant of a method, of any type; its whole numbers fit 64 bits."""
+    found = parsed(value)
+    try:
+        fits = all(-(1 << 63) <= number < 1 << 63 for number in _whole_numbers(found))
+    except RecursionError as error:  # a YAML list may have itself in it
+        raise ValueError("expected lists that nest less deeply") from error
+    if not fits:
+        raise ValueError(f"expected whole numbers of 64 bits, got {value!r}")
+    return found
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _whole_numbers(part)
+
+
 def switch(value: Any) -> bool:
     """True or false."""
     found = parsed(value)
@@ -85,6 +117,14 @@ def words(value: Any) -> tuple[str, ...]:
     if not isinstance(found, Sequence) or not all(isinstance(word, str) and word.strip() for word in found):
         raise ValueError(f"expected names with commas between them, got {value!r}")
     return tuple(word.strip() for word in found)
+
+
+def columns(value: Any) -> tuple[str, ...]:
+    """Names of the columns of the text, two at most."""
+    found = words(value)
+    if len(found) > 2:
+        raise ValueError(f"expected one or two names, got {', '.join(found)}")
+    return found
 
 
 def shares(value: Any) -> tuple[float, ...]:

@@ -65,7 +65,7 @@ def read(path: Path) -> ResultFile:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ReportError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"{path}: expected JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("benchmark"), str):
         raise ReportError(f"{path}: expected an object with the key 'benchmark', as the benchmarks write with --json")
