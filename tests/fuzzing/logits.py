@@ -2,8 +2,9 @@
 
 Kinds: *usual* is the domain in which the accuracy of the library is promised (logits of a few units to a few dozen, any
 perturbation); *minute* and *huge* lie far below and above it, *shifted* far from zero, *opposed* are certain of
-different classes, in *overtaken* rows a class without weight passes all others, *equal* do not differ. Some rows are
-then spoilt: dead classes (-inf), NaN, +inf.
+different classes, in *overtaken* rows a class without weight passes all others, *parted* ones lie at another level in
+each part, whose classes, or one of them, move on their own, *equal* do not differ. Some rows are then spoilt: dead
+classes (-inf), NaN, +inf.
 """
 
 from dataclasses import dataclass
@@ -20,15 +21,17 @@ COLUMNS = (
     (1023, 1024, 1025, 2047, 2048, 2049, 4095, 4097),
     (8191, 8193, 9000, 16384, 16385, 30522, 50257),
 )
+STREAMED = (8193, 9000, 16385)
+"""Of those, what a slow backend reads in more than one block."""
 ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 70)
-KINDS = ("usual", "minute", "huge", "shifted", "opposed", "overtaken", "equal")
+KINDS = ("usual", "minute", "huge", "shifted", "opposed", "overtaken", "parted", "equal")
 SPOILT = ("dead", "one-sided", "nan", "infinite", "empty", "alike")
 
 
 def draw_shape(draw: Draw) -> tuple[int, ...]:
     """(..., V), at least one row dimension; few rows where there are many classes."""
     columns = draw.choice(
-        draw.choice(COLUMNS[:3] if draw.small else COLUMNS, (6, 2, 2) if draw.small else (16, 8, 3, 1))
+        draw.choice((*COLUMNS[:3], STREAMED) if draw.small else COLUMNS, (6, 2, 2, 1) if draw.small else (16, 8, 3, 1))
     )
     most = min(max(10_000 // columns, 2), 5 if draw.small else ROWS[-1])
     rows = draw.choice([n for n in ROWS if n <= most])
@@ -61,6 +64,19 @@ def draw_pair(draw: Draw, shape: tuple[int, ...], kind: str) -> tuple[Tensor, Te
         fall = draw.size(1, 200)
         change.scatter_add_(-1, raised, torch.full(raised.shape, fall + draw.size(0.1, 60), dtype=b.dtype))
         b.scatter_add_(-1, raised, torch.full(raised.shape, -fall, dtype=b.dtype))
+    elif kind == "parted":
+        part = torch.arange(shape[-1]) // draw.choice((100, 4096, 8192))
+        level = draw.size(0.1, 120) * draw.normal(shape[-1])[part]
+        move = draw.size(0.1, 60) * draw.choice((0.0, 1.0)) * draw.normal(shape[-1])[part]
+        b, change = b + level, change + move
+        one = draw.indices(shape[-1], *shape[:-1], 1)
+        if draw.chance(0.5):  # it passes all others, wherever it was
+            rise = (b + change).amax(-1, keepdim=True) - b.gather(-1, one) + draw.size(0.1, 40)
+            change.scatter_(-1, one, rise)
+        else:  # it is the largest of its part, and moves
+            top = torch.where(part == part[one], b, -torch.inf).amax(-1, keepdim=True)
+            b.scatter_(-1, one, top + 1)
+            change.scatter_(-1, one, draw.choice((-1, 1)) * draw.size(1, 100))
     elif kind == "equal":
         change = torch.zeros_like(change)
     return b + change, b
