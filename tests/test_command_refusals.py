@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -176,6 +177,38 @@ def test_a_second_interrupt_says_how_to_go_on(sentences, tiny_model, tmp_path, c
     assert "train: interrupted within a step, which is not saved; go on with: " in last
     monkeypatch.undo()
     assert ended("train", "--output", tmp_path / "run", "--resume") == 0
+
+
+DAMAGES = {
+    "settings that are a list": ("settings.json", b"[]", "settings.json: damaged: expected an object, got list"),
+    "settings without end": ("settings.json", b"[" * 99999, "settings.json: damaged: maximum recursion depth"),
+    "an empty record": ("record.json", b"{}", "record.json: damaged: expected the keys adversarial, fingerprints"),
+    "a record of nothing": ("record.json", b"null", "record.json: damaged: expected an object, got NoneType"),
+    "a record of no data": (
+        "record.json", b'{"adversarial": null, "fingerprints": {}, "versions": {}}', "fingerprints (of dev, train)",
+    ),
+    "a log in UTF-16": ("log.jsonl", b"\xff\xfe", "log.jsonl: damaged: 'utf-8' codec"),
+    "a log without steps": ("log.jsonl", b'{"a": 1}\n', "log.jsonl:1: damaged: expected an object with a step"),
+    "a log of words": ("log.jsonl", b'{"step": "x"}\n', "log.jsonl:1: damaged: expected an object with a step"),
+    "a log of no objects": ("log.jsonl", b"[]\n", "log.jsonl:1: damaged: expected an object with a step"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_run_whose_files_are_damaged(case, trained, tmp_path, capsys):
+    name, content, said = DAMAGES[case]
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (folder / "results.json").unlink()
+    (folder / name).write_bytes(content)
+    assert ended("train", "--output", folder, "--resume") == 2
+    error = capsys.readouterr().err
+    assert f"{folder}/" in error.splitlines()[-1]
+    assert said in error.splitlines()[-1]
+    assert "Traceback" not in error
+    if name == "log.jsonl":
+        (folder / name).unlink()
+        assert ended("train", "--output", folder, "--resume") == 0
 
 
 # plan, report and the program itself

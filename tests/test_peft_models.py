@@ -13,7 +13,6 @@ from tiny_models import Gradients
 from torch import Tensor, nn
 
 from alum_kernels import AdversarialConfig, AdversarialObjective, noise_init, projected_ascent, symmetric_kl
-from alum_kernels.adversarial.config import PRESETS
 from alum_kernels.adversarial.heads import Head
 from alum_kernels.evaluation import accuracy_under_attack
 
@@ -212,7 +211,7 @@ def test_a_prompt_is_evaluated_as_it_is_trained():
 
 def test_prompts_whose_predictions_cannot_be_told_apart_are_refused_where_any_are_compared():
     model = prompted("prompt tuning", "t5", "seq2seq", "SEQ_2_SEQ_LM")
-    for name in PRESETS:
+    for name in ("alum_finetuning", "llr", "r3f", "pgd", "freelb"):
         config = getattr(AdversarialConfig, name)(modules=("base_model.shared",))
         if config.compares:
             with pytest.raises(ValueError, match=r"^model: expected a seq2seq_lm model .* 3 virtual tokens of PEFT's"):

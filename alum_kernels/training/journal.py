@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alum_kernels.training import atomic
+from alum_kernels.training.errors import TrainingError
 
 NAME = "log.jsonl"
 
@@ -18,11 +19,15 @@ class Journal:
     Args:
         folder: of the run.
         step: the step that it goes on after; lines of later ones, and one half written, are removed.
+
+    Raises:
+        TrainingError: what is there is no log.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / NAME
-        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
+        lines = _whole_lines(self.path)
+        kept = [line for number, line in enumerate(lines, 1) if _step_of(line, self.path, number) <= step]
         atomic.write_text(self.path, "".join(line + "\n" for line in kept))
         self._stream = self.path.open("a", encoding="utf-8")
 
@@ -51,4 +56,20 @@ def read(folder: Path) -> list[dict[str, Any]]:
 def _whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    return [line[:-1] for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path}: damaged: {error}") from error
+    return [line[:-1] for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _step_of(line: str, path: Path, number: int) -> int:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        step = None
+    if not isinstance(step, int):
+        raise TrainingError(
+            f"{path}:{number}: damaged: expected an object with a step; without that file the run goes on"
+        )
+    return step

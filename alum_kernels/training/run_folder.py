@@ -27,6 +27,9 @@ from alum_kernels.training.checkpoint import PREFIX
 from alum_kernels.training.errors import TrainingError
 from alum_kernels.training.settings import HOUSEKEEPING, PLACES, Settings
 
+DATA = {"train", "dev"}
+"""What a record has fingerprints of."""
+
 SETTINGS, RECORD, MODEL, RESULTS = "settings.json", "record.json", "model", "results.json"
 
 
@@ -144,9 +147,15 @@ def check_record(folder: Path, settings: Settings, record: Mapping[str, Any]) ->
         A line for people where versions differ, else None.
 
     Raises:
-        TrainingError: the data or the method's constants are others.
+        TrainingError: the data or the method's constants are others, or the record is damaged.
     """
     began = _read(folder / RECORD)
+    parts = [began.get(name) for name in ("fingerprints", "versions")]
+    if "adversarial" not in began or not all(isinstance(part, dict) for part in parts) or not parts[0].keys() >= DATA:
+        raise TrainingError(
+            f"{folder / RECORD}: damaged: expected the keys adversarial, fingerprints (of {', '.join(sorted(DATA))}) "
+            "and versions"
+        )
     for part in ("train", "dev"):
         if began["fingerprints"][part] != record["fingerprints"][part]:
             raise TrainingError(
@@ -165,6 +174,9 @@ def check_record(folder: Path, settings: Settings, record: Mapping[str, Any]) ->
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise TrainingError(f"{path}: damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise TrainingError(f"{path}: damaged: expected an object, got {type(found).__name__}")
+    return found
