@@ -167,6 +167,23 @@ def test_parameters_that_were_gathered_after_a_first_step_that_failed(mesh):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("options", [{"fused_head": True}, {"fused_head": False, "memory": "low"}], ids=str)
+def test_weights_that_autocast_cast_in_an_earlier_pass(options, mesh):
+    """Every gradient is reduced in the step that it belongs to, the first one's included."""
+    batch, results = tiny_models.masked_lm_batch(), []
+    for split in (False, True):
+        model = tiny_models.bert_masked_lm()
+        model = sharded(model, mesh, reshard_after_forward=True) if split else model
+        objective = AdversarialObjective(model, MOVED.replace(**options))
+        for seed in (3, 4):
+            model.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                objective.backward(batch, scale=seed, seed=torch.tensor([seed]))
+            results.append(torch.cat([rank_cases.whole(p.grad).flatten() for p in model.parameters()]))
+    for alone, own in zip(results[:2], results[2:], strict=True):
+        assert float((own - alone).norm() / alone.norm()) < 0.02
+
+
 def test_a_loss_of_the_callers_does_not_use_a_sharded_head(mesh):
     """Which is not gathered where that loss would take it."""
     batch = tiny_models.masked_lm_batch()

@@ -9,8 +9,10 @@ Whatever class is looked for can only be there if its package was imported, so n
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from alum_kernels.adversarial.config import AdversarialConfig
@@ -36,6 +38,21 @@ def mesh_of(model: nn.Module) -> Any:
     """The mesh over whose ranks ``fully_shard`` splits a model that :func:`check_parallelism` passed."""
     _units_at_rest(model)
     return next(parameter.device_mesh for _, parameter in _split_parameters(model))
+
+
+@contextmanager
+def casts_of_each_pass() -> Iterator[None]:
+    """Within the context autocast keeps no weight that it cast: every pass casts its own.
+
+    A cast that an earlier pass made gets its gradient when the backward has come down to that pass: after
+    ``fully_shard`` reduced those of the layer, which would then count in the next step.
+    """
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
 
 
 def check_parallelism(model: nn.Module, config: AdversarialConfig, ranks: int | None) -> None:

@@ -28,7 +28,7 @@ from alum_kernels.adversarial.model_state import (
     original,
 )
 from alum_kernels.adversarial.on_the_way import train_on_the_way
-from alum_kernels.adversarial.parallelism import check_parallelism, is_fully_sharded
+from alum_kernels.adversarial.parallelism import casts_of_each_pass, check_parallelism, is_fully_sharded
 from alum_kernels.adversarial.passes import LinearPasses, LogitPasses, Part, TaskPass, loss_of
 from alum_kernels.adversarial.perturbation import DeviceConstants, Perturbation
 from alum_kernels.adversarial.proximal import BregmanProximal
@@ -199,7 +199,10 @@ class StepRunner:
             if self._loss is not None or not options.own_loss:
                 self._refuse_several_parts()
             ranks = self._counts.weights(batch, device_of(self._inner))
-        with dropout_off(model) if config.dropout == "off" else nullcontext():
+        with (
+            dropout_off(model) if config.dropout == "off" else nullcontext(),
+            casts_of_each_pass() if self._sharded else nullcontext(),
+        ):
             linear = self.fused.of_batch(
                 model, batch, options.leaves_logits, own_loss=options.own_loss, sharded=self._sharded
             )
