@@ -1,4 +1,4 @@
-"""Triton's streamed rows in short blocks, so that small cases have many: what goes wrong between blocks is seldom drawn."""
+"""Streamed rows of Triton in short blocks, so that small cases have many."""
 
 import contextlib
 from collections.abc import Iterator
