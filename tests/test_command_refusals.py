@@ -122,7 +122,7 @@ TRAININGS = {
     "a large token": ({"method": "smart", "excluded_tokens": f"[1, {1 << 90}]"}, "excluded_tokens: expected whole"),
     "no module": ({"method": "smart", "modules": ""}, "modules: BertForSequenceClassification has no module named ''"),
     "a list in itself": ({"config": "{folder}/loop.yaml"}, "modules: expected lists that nest less deeply"),
-    "an absent backend": ({"method": "smart", "backend": "triton"}, "backend='triton' cannot serve noise_init on cpu"),
+    "an absent backend": ({"method": "smart", "backend": "triton"}, "backend='triton' cannot serve"),
 }
 
 
