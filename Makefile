@@ -55,6 +55,7 @@ sanitize: $(VENV)/.test
 
 bench: $(VENV)/.test
 	mkdir -p $(BENCH)
+	$(BIN)/pip install -q -c $(VENV)/constraints.txt smart-pytorch
 	$(BIN)/python -m benchmarks.accuracy --quick --backends reference native --json $(BENCH)/accuracy.json
 	$(BIN)/python -m benchmarks.flops
 	$(BIN)/python -m benchmarks.ops --quick --json $(BENCH)/ops.json
