@@ -209,6 +209,16 @@ def test_flat_rows_whose_largest_class_falls(place, columns, fall):
             assert float((gradient.cpu().double() - want).norm()) <= 1e-5 * float(want.norm()) + rounded
 
 
+@pytest.mark.parametrize("columns", [65, 2100, 8300])
+def test_a_weight_is_exact_where_its_logarithm_is_a_small_difference(place, columns):
+    """Of a class whose clean logit, far below the others, takes back what its difference adds."""
+    a = torch.zeros(40, columns, device=place.device)
+    b = a.clone()
+    a[:, 1], b[:, 1] = -5.5 - torch.arange(40, device=place.device) / 64, -60.0
+    rows = symmetric_kl(a, b, reduction="none", backend=place.backend)
+    assert oracle.relative_error(rows, oracle.divergence("symmetric_kl", a, b)) <= 5e-7
+
+
 @pytest.mark.parametrize("size", [1e9, 1e20])
 @pytest.mark.parametrize(("rows", "columns"), [(500, 2), (500, 65), (20, 2100), (20, 8300)])
 def test_huge_logits_have_finite_values_and_gradients(place, rows, columns, size):

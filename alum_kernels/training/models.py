@@ -1,6 +1,5 @@
 """Pretrained models by folder or name, with the head of a task."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from alum_kernels.training.errors import TrainingError
+from alum_kernels.training.json_object import json_object
 from alum_kernels.training.settings import CAUSAL_LM, CLASSIFICATION, MASKED_LM, REGRESSION
 
 CLASSES = {
@@ -183,13 +183,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     """
     check_source(str(folder))
     path = folder / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrainingError(f"model: {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise TrainingError(f"model: {path}: expected an object, got {type(found).__name__}")
-    return found
+    return json_object(path, f"model: {path}")
 
 
 def _loaded(kind: str, source: str, **options: Any) -> Any:

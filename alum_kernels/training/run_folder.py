@@ -25,6 +25,7 @@ from alum_kernels.adversarial.config import AdversarialConfig
 from alum_kernels.training import atomic, journal
 from alum_kernels.training.checkpoint import PREFIX
 from alum_kernels.training.errors import TrainingError
+from alum_kernels.training.json_object import json_object
 from alum_kernels.training.settings import HOUSEKEEPING, PLACES, Settings
 
 DATA = {"train", "dev"}
@@ -173,10 +174,4 @@ def check_record(folder: Path, settings: Settings, record: Mapping[str, Any]) ->
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrainingError(f"{path}: damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise TrainingError(f"{path}: damaged: expected an object, got {type(found).__name__}")
-    return found
+    return json_object(path, f"{path}: damaged")
