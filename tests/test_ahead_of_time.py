@@ -60,6 +60,6 @@ def test_no_kernel_spills(tmp_path):
     report = tmp_path / "resources.json"
     finished = run("-m", "benchmarks.resources", "--json", str(report))
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
-    usages = json.loads(report.read_text())
+    usages = json.loads(report.read_text())["results"]
     assert len(usages) > 100
     assert all(usage["spilt"] == 0 for usage in usages)
